@@ -1,0 +1,203 @@
+"""Configuration: strict TOML into one frozen section per concern.
+
+An unknown key, a wrong type or a value out of bounds is a `ConfigError` that names it. No
+environment variable and no setting here switches a check off; what the host cannot provide is left
+out of `measure.require` in writing, and evidence then says `absent`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+DEFAULT_PATH = Path("/etc/hostd/hostd.toml")
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Small = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Pcr = Annotated[int, msgspec.Meta(ge=0, le=23)]
+User = int | str
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the text names the file, the key and the reason."""
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all sections."""
+
+
+class Host(Section, frozen=True):
+    state_dir: str = "/var/lib/hostd"
+    """Store, ledger, sealed root; only the vault writes here."""
+    run_dir: str = "/run/hostd"
+    """Sockets of the roles."""
+
+
+class Users(Section, frozen=True):
+    """Who each role runs as and is accepted as (name or uid). Empty: the user who runs `hostd run`."""
+
+    vault: User = ""
+    gateway: User = ""
+    metrics: User = ""
+    measurer: User = ""
+    admin: tuple[User, ...] = ("root",)
+    """Who may speak on the operators' socket."""
+
+
+class Tpm(Section, frozen=True):
+    device: str = "swtpm"
+    """`swtpm`: the embedded one that `hostd setup` makes under the state directory; else a device
+    path such as `/dev/tpmrm0`, or `unix:PATH` of a swtpm's command socket."""
+    pcrs: tuple[Pcr, ...] = (0, 1, 2, 3, 4, 5, 7, 8, 9, 14)
+    """SHA-256 bank PCRs that the root key is sealed to. Never 10 (IMA moves it all the time)."""
+    deadline_s: Positive = 10.0
+    """For one TPM command; over it the TPM counts as lost and the gate closes."""
+
+
+class Hypervisor(Section, frozen=True):
+    binaries: tuple[str, ...] = ("/usr/bin/qemu-system-x86_64",)
+    """A process running one of these is a hypervisor process and is measured."""
+    provider: Literal["libvirt", "proc"] = "libvirt"
+    """Who vouches for which VM a process is: libvirt, or (development) its own command line."""
+    libvirt_uri: str = "qemu:///system"
+    allow_jit: bool = False
+    """Accept the anonymous executable region of QEMU's TCG; under KVM there is none."""
+
+
+class Measure(Section, frozen=True):
+    require: tuple[Literal["posture", "ima", "files"], ...] = ("posture", "ima", "files")
+    """Components of the host that must be verified, not merely absent. A VM's own process always is."""
+    deadline_s: Positive = 2.0
+    """For one reading; over it its component is not good."""
+    sweep_s: Positive = 5.0
+    """Every component and every VM is read at least this often, busy or idle."""
+    protected: tuple[str, ...] = ("/usr/", "/opt/hostd/")
+    """Path prefixes whose IMA entries must have a digest of the baseline."""
+
+
+class Gate(Section, frozen=True):
+    deadline_s: Positive = 10.0
+    """A request that is not released by then is answered `deadline`."""
+    waiting_per_caller: Small = 1024
+    """Requests of one caller that may wait; over it: `overloaded`, at once."""
+    batch: Small = 1024
+    """Most requests executed under one pass and one quote."""
+
+
+class Drift(Section, frozen=True):
+    scope: Literal["vm", "host"] = "vm"
+    """`host`: drift of one VM's process closes the gate for all."""
+    recovery: Literal["officer"] = "officer"
+    """After drift the gate opens again only when an officer clears it, with a reason."""
+
+
+class Gateway(Section, frozen=True):
+    vsock_port: Port = 7700
+    """0: no vsock listener."""
+    unix_socket: bool = True
+    """Serve host-local callers on `guest.sock` in the run directory."""
+    connections_per_caller: Small = 64
+    in_flight_per_connection: Small = 256
+    handshake_s: Positive = 5.0
+    idle_s: Positive = 600.0
+    frame_s: Positive = 10.0
+    """For one frame to become complete once its first byte has come."""
+    workers: Small = 512
+    """Callers served at once."""
+
+
+class Metrics(Section, frozen=True):
+    address: str = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 9464
+    """0: an ephemeral port, written to `metrics.port` in the run directory."""
+
+
+class Config(Section, frozen=True):
+    host: Host = Host()
+    users: Users = Users()
+    tpm: Tpm = Tpm()
+    hypervisor: Hypervisor = Hypervisor()
+    measure: Measure = Measure()
+    gate: Gate = Gate()
+    drift: Drift = Drift()
+    gateway: Gateway = Gateway()
+    metrics: Metrics = Metrics()
+
+    @property
+    def state(self) -> Path:
+        return Path(self.host.state_dir)
+
+    @property
+    def run(self) -> Path:
+        return Path(self.host.run_dir)
+
+    def uid_of(self, role: Literal["vault", "gateway", "metrics", "measurer"]) -> int:
+        """The uid a role runs as.
+
+        Raises:
+            ConfigError: the user does not exist.
+        """
+        return uid_of(getattr(self.users, role))
+
+    def admin_uids(self) -> frozenset[int]:
+        return frozenset(uid_of(user) for user in self.users.admin)
+
+
+def uid_of(user: User) -> int:
+    """Resolves a user name or uid; empty is the calling process's own.
+
+    Raises:
+        ConfigError: no such user.
+    """
+    if user == "":
+        return os.geteuid()
+    if isinstance(user, int):
+        return user
+    import pwd
+
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise ConfigError(f"no such user: {user!r}") from None
+
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def parse_config(text: bytes, *, origin: str) -> Config:
+    """Parses TOML.
+
+    Raises:
+        ConfigError: it is not TOML, or a key is unknown, of the wrong type or out of bounds.
+    """
+    try:
+        config = msgspec.toml.decode(text, type=Config)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: {error}") from None
+    if 10 in config.tpm.pcrs:
+        raise ConfigError(f"{origin}: `$.tpm.pcrs` holds 10, which IMA extends all the time")
+    if not config.tpm.pcrs:
+        raise ConfigError(f"{origin}: `$.tpm.pcrs` is empty: the root key would be sealed to nothing")
+    if not config.users.admin:
+        raise ConfigError(f"{origin}: `$.users.admin` is empty: nobody could clear a drift")
+    return config
+
+
+def load_config(path: Path) -> Config:
+    """Reads and parses the configuration file.
+
+    Raises:
+        ConfigError: it cannot be read, is too large, or does not parse.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES} bytes")
+    return parse_config(text, origin=str(path))

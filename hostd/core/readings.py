@@ -1,0 +1,175 @@
+"""Readings: what the measurer saw, as plain facts, before anyone judges them.
+
+These structs cross from the measurer to the vault as MessagePack arrays (`hostd.ipc.measuring`),
+so each is bounded here. A reading carries no verdict and no secret: the per-boot key of the
+segment tags stays in the measurer, so a tag can be compared and cannot be forged.
+
+Addresses and offsets are bytes. `file` numbers are the measurer's own: a number is given to an
+open file (device, inode) when it is first seen, is never reused while the measurer lives, and the
+measurer holds the file open, so an inode cannot be recycled under its number.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+MAX_MAPPINGS = 4096
+MAX_SEGMENTS = 16384
+MAX_HYPERVISORS = 4096
+MAX_ALTERED = 64
+WINDOW_BYTES = 16
+"""Bytes shown on each side of a difference."""
+
+Name = Annotated[str, msgspec.Meta(max_length=4096)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Address = Count
+Tag = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Sha256 = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Window = Annotated[bytes, msgspec.Meta(max_length=2 * WINDOW_BYTES)]
+
+READ, WRITE, EXEC = 4, 2, 1
+"""Protection bits of a mapping, as in `r-x`."""
+
+
+class Struct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Base of all readings."""
+
+
+class Hypervisor(Struct, frozen=True):
+    """A hypervisor process and the VM it is. (pid, start_time) names a process for good."""
+
+    pid: Count
+    start_time: Count
+    """Clock ticks after boot, field 22 of /proc/PID/stat."""
+    uid: Count
+    vm: Annotated[str, msgspec.Meta(max_length=36)]
+    """UUID of the VM, lower case; empty if the process does not say one."""
+    name: Annotated[str, msgspec.Meta(max_length=256)]
+    cid: Count
+    """vsock context id, 0 if it has none."""
+    executable: Name
+    """Path that /proc/PID/exe gives."""
+    accel: Annotated[str, msgspec.Meta(max_length=8)]
+    """`kvm` if the process holds a KVM virtual machine, else `tcg`."""
+    source: Annotated[str, msgspec.Meta(max_length=8)]
+    """Who vouches for pid ↔ UUID: `libvirt`, or `proc` (its own command line)."""
+
+
+class GuestsReading(Struct, frozen=True, tag="guests"):
+    """All hypervisor processes; `unknown` are holders of vhost-vsock that are none of them."""
+
+    hypervisors: Annotated[tuple[Hypervisor, ...], msgspec.Meta(max_length=MAX_HYPERVISORS)]
+    unknown: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
+
+
+class PostureReading(Struct, frozen=True, tag="posture"):
+    """What the kernel allows. `None` and empty: this kernel does not say."""
+
+    kernel: Annotated[str, msgspec.Meta(max_length=256)]
+    """`uname -r` and `-v`."""
+    command_line: Name
+    taint: Count
+    lockdown: Annotated[str, msgspec.Meta(max_length=32)]
+    modules: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=2048)]
+    modules_disabled: int | None
+    signature_enforced: bool | None
+    kexec_load_disabled: int | None
+    ptrace_scope: int | None
+    kprobes: int
+    """Number of active kernel probes (/sys/kernel/debug/kprobes/list); -1 if it cannot be read."""
+
+
+class ImaReading(Struct, frozen=True, tag="ima"):
+    """New bytes of the binary runtime measurement log.
+
+    `data` starts at byte `offset` of the log and ends at an entry's end; `more` says that the log
+    goes on. A vault that asks from byte 0 gets the whole log, reading by reading.
+    """
+
+    boot_id: Annotated[str, msgspec.Meta(max_length=36)]
+    offset: Count
+    data: Annotated[bytes, msgspec.Meta(max_length=1 << 20)]
+    more: bool
+
+
+class Segment(Struct, frozen=True):
+    """A range of a file as a hypervisor maps it, and the keyed tag (AES-GMAC) of its page cache."""
+
+    file: Count
+    offset: Count
+    length: Count
+    tag: Tag
+
+
+class FilesReading(Struct, frozen=True, tag="files"):
+    """Every segment that any hypervisor process maps as code or constants."""
+
+    segments: Annotated[tuple[Segment, ...], msgspec.Meta(max_length=MAX_SEGMENTS)]
+
+
+class FileIdentity(Struct, frozen=True, tag="file"):
+    """What file a number stands for. The tags and the digest were taken from the same bytes:
+    tags before and after the digest were equal."""
+
+    file: Count
+    path: Name
+    """As the mapping names it; ` (deleted)` is kept."""
+    device: Count
+    inode: Count
+    size: Count
+    sha256: Sha256
+    segments: Annotated[tuple[Segment, ...], msgspec.Meta(max_length=1024)]
+
+
+class Mapping(Struct, frozen=True):
+    """A mapping that holds code or constants, or anything executable."""
+
+    start: Address
+    end: Address
+    protection: Annotated[int, msgspec.Meta(ge=0, le=7)]
+    file: Annotated[int, msgspec.Meta(ge=0)] | None
+    """None: anonymous."""
+    offset: Count
+    name: Name
+    """`[vdso]`, a path, or empty."""
+
+
+class AlteredPage(Struct, frozen=True):
+    """A page of code or constants that is not the page of the file that was hashed."""
+
+    address: Address
+    """Of the first differing byte, or of the page where no byte differs."""
+    file: Annotated[int, msgspec.Meta(ge=0)] | None
+    name: Name
+    file_offset: Count
+    """Of the same byte in the file."""
+    expected: Window
+    seen: Window
+    """Up to 16 bytes from the first differing byte on; equal to `expected` if none differs."""
+    reason: Annotated[str, msgspec.Meta(max_length=16)]
+    """`private` (copied on write), `frame` (another physical page), `swapped`."""
+
+
+class ProcessReading(Struct, frozen=True, tag="process"):
+    """One hypervisor process."""
+
+    hypervisor: Hypervisor
+    mappings: Annotated[tuple[Mapping, ...], msgspec.Meta(max_length=MAX_MAPPINGS)]
+    altered: Annotated[tuple[AlteredPage, ...], msgspec.Meta(max_length=MAX_ALTERED)]
+    altered_total: Count
+
+
+class Missing(Struct, frozen=True, tag="missing"):
+    """The thing asked about is not there.
+
+    `absent` true: this host cannot provide it at all (no IMA). False: it went away or never was
+    (a process that ended).
+    """
+
+    reason: Annotated[str, msgspec.Meta(max_length=512)]
+    absent: bool
+
+
+Reading = GuestsReading | PostureReading | ImaReading | FilesReading | FileIdentity | ProcessReading | Missing

@@ -1,0 +1,83 @@
+"""Vault ↔ measurer. The vault asks, the measurer answers, in the order of the asking.
+
+Records are MessagePack arrays (`hostd.ipc.channel` frames them). Requests that this table does not
+name are refused by decoding. The measurer accepts only the vault's uid.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from hostd.core.findings import Kind
+from hostd.core.readings import Count, Name, Reading, Struct
+
+SequenceNumber = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class Ask(Struct, frozen=True, tag="ask"):
+    """Read one component. `vm` is set for `process`, `position` (log bytes already held) for `ima`."""
+
+    seq: SequenceNumber
+    kind: Kind
+    vm: Annotated[str, msgspec.Meta(max_length=36)] = ""
+    position: Count = 0
+
+
+class AskFile(Struct, frozen=True, tag="file"):
+    """Identify the file with this number."""
+
+    seq: SequenceNumber
+    file: Count
+
+
+class AskWho(Struct, frozen=True, tag="who"):
+    """Which hypervisor process is at the other end of this channel?
+
+    Either `cid` (vsock) or `pid` (peer of a unix socket, SO_PEERCRED) is not 0. Answered by a
+    `ProcessReading`, or by `Missing` if it is no known hypervisor.
+    """
+
+    seq: SequenceNumber
+    cid: Count = 0
+    pid: Count = 0
+
+
+class AskSurvey(Struct, frozen=True, tag="survey"):
+    """Digests of all regular files under the given prefixes that hold code; for making a baseline.
+
+    Answered by any number of `SurveyPart`, the last one with `done` true.
+    """
+
+    seq: SequenceNumber
+    prefixes: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
+
+
+Request = Ask | AskFile | AskWho | AskSurvey
+
+
+class Hello(Struct, frozen=True, tag="hello"):
+    """First record of the measurer on every connection. File numbers and tags of another `epoch`
+    mean nothing."""
+
+    epoch: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class Answer(Struct, frozen=True, tag="answer"):
+    """The reading, and how long it took by the measurer's own monotonic clock, in nanoseconds."""
+
+    seq: SequenceNumber
+    reading: Reading
+    cost_ns: Count
+
+
+class SurveyPart(Struct, frozen=True, tag="survey"):
+    """Some surveyed files: path → SHA-256."""
+
+    seq: SequenceNumber
+    files: Annotated[dict[Name, bytes], msgspec.Meta(max_length=1024)]
+    done: bool
+
+
+Response = Hello | Answer | SurveyPart

@@ -31,7 +31,8 @@ MAX_QUEUED_BYTES: Final = 16 << 20
 """Bytes waiting for a peer that does not read; over it the peer is cut off."""
 RECEIVE_BYTES: Final = 1 << 20
 MAX_DESCRIPTORS: Final = 16
-"""Descriptors taken from one receive."""
+"""Descriptors taken from one receive, and descriptors received that nobody has taken: a peer that
+sends more than its records announce is cut off before it fills this process's table."""
 
 T = TypeVar("T")
 
@@ -190,7 +191,9 @@ class Channel(Generic[T]):
         """
         try:
             data, ancillary, flags, _ = self.sock.recvmsg(
-                RECEIVE_BYTES, socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
+                RECEIVE_BYTES,
+                socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize),
+                socket.MSG_CMSG_CLOEXEC,
             )
         except BlockingIOError:
             return []
@@ -201,7 +204,7 @@ class Channel(Generic[T]):
                 received = array.array("i")
                 received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
                 self._descriptors.extend(received)
-        if flags & socket.MSG_CTRUNC:
+        if flags & socket.MSG_CTRUNC or len(self._descriptors) > MAX_DESCRIPTORS:
             raise ChannelError("more descriptors than the limit")
         if not data:
             raise ChannelClosedError("peer closed the channel")

@@ -54,13 +54,15 @@ class Loop:
         self._order = itertools.count()
         self._running = False
 
-    def watch(self, thing: HasFileno, handler: Callable[[int], None], *, write: bool = False) -> None:
-        """Calls `handler(events)` when `thing` is readable (or has hung up), and writable if `write`.
+    def watch(
+        self, thing: HasFileno, handler: Callable[[int], None], *, read: bool = True, write: bool = False
+    ) -> None:
+        """Calls `handler(events)` when `thing` is readable if `read`, writable if `write`, or has hung up.
 
         Level-triggered. Watching a descriptor again changes what it is watched for.
         """
         fd = thing.fileno()
-        events = select.EPOLLIN | (select.EPOLLOUT if write else 0)
+        events = (select.EPOLLIN if read else 0) | (select.EPOLLOUT if write else 0)
         if fd in self._handlers:
             self._epoll.modify(fd, events)
         else:

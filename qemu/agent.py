@@ -28,6 +28,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Final
@@ -132,17 +133,20 @@ class Command(Job):
     def kill(self, signal: int) -> None:
         """Signal the command's whole session group."""
         if self.process is not None and self.process.returncode is None:
-            os.killpg(self.process.pid, signal)
+            with suppress(ProcessLookupError):  # it ended by itself in the meantime
+                os.killpg(self.process.pid, signal)
 
     def _feed(self) -> None:
-        assert self.process is not None and self.process.stdin is not None
+        assert self.process is not None
+        assert self.process.stdin is not None
         with self.process.stdin as pipe:
             self.write_in(pipe.fileno())
 
     def _wait(self) -> None:
         assert self.process is not None
         out, err = self.process.stdout, self.process.stderr
-        assert out is not None and err is not None
+        assert out is not None
+        assert err is not None
         pumps = [
             Thread(target=self.pump_out, args=(pipe.fileno(), kind), daemon=True)
             for pipe, kind in ((out, STDOUT), (err, STDERR))
@@ -175,7 +179,8 @@ class Connection(Job):
 
     def kill(self, signal: int) -> None:
         """Any signal closes the connection."""
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # it ended by itself in the meantime
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _relay(self) -> None:
         self.pump_out(self._socket.fileno(), STDOUT)
@@ -202,10 +207,7 @@ def serve(port: Port) -> None:
         elif kind == STDIN:
             jobs[ident].input.put(body)
         elif kind == KILL:
-            try:
-                jobs[ident].kill(body[0])
-            except OSError:
-                pass  # it ended by itself in the meantime
+            jobs[ident].kill(body[0])
         else:
             raise ValueError(f"frame of kind {kind}")
 

@@ -14,11 +14,12 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
 from qemu import agent
-from qemu.errors import ChannelClosed, CommandFailed, CommandTimeout, LabError, Result
+from qemu.errors import ChannelClosedError, CommandFailedError, CommandTimeoutError, LabError, Result
 
 MAX_OUTPUT: Final = 256 << 20  # bytes kept of one command's output: a bound, not a target
 SEND_CHUNK: Final = 1 << 18  # bytes of input in one frame
@@ -29,7 +30,7 @@ class Transport(Protocol):
     """A byte stream in both directions."""
 
     def send(self, data: bytes) -> None:
-        """Write all of ``data``; ``OSError`` or ``ChannelClosed`` when the other end is gone."""
+        """Write all of ``data``; ``OSError`` or ``ChannelClosedError`` when the other end is gone."""
 
     def recv(self) -> bytes:
         """Some bytes, at least one; empty at the end of the stream."""
@@ -57,10 +58,8 @@ class SocketTransport:
 
     def close(self) -> None:
         """See ``Transport``."""
-        try:
+        with suppress(OSError):  # the other end closed first
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other end closed first
         self._socket.close()
 
 
@@ -120,22 +119,22 @@ class Command:
                 return bytes(out)
             how = "ended" if self.ended else f"went on for {timeout:g} s"
             said = self._said()
-        raise CommandTimeout(f"{shlex.join(self.argv)!r} {how} without saying {marker!r}: {said}")
+        raise CommandTimeoutError(f"{shlex.join(self.argv)!r} {how} without saying {marker!r}: {said}")
 
     def wait(self, timeout: float, *, check: bool = True) -> Result:
-        """Wait for the end. A command out of time is killed and reported as ``CommandTimeout``."""
+        """Wait for the end. A command out of time is killed and reported as ``CommandTimeoutError``."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.ended, timeout):
                 said = self._said()
                 self.kill()
                 self._changed.wait_for(lambda: self.ended, KILL_GRACE)
-                raise CommandTimeout(f"{shlex.join(self.argv)!r} took over {timeout:g} s: {said}")
+                raise CommandTimeoutError(f"{shlex.join(self.argv)!r} took over {timeout:g} s: {said}")
             if self._status is None:
-                raise ChannelClosed(f"{shlex.join(self.argv)!r} was lost: {self._lost}")
+                raise ChannelClosedError(f"{shlex.join(self.argv)!r} was lost: {self._lost}")
             out, err = (bytes(self._output[kind]) for kind in (agent.STDOUT, agent.STDERR))
             result = Result(self.argv, self._status, out, err)
         if check and result.rc != 0:
-            raise CommandFailed(result)
+            raise CommandFailedError(result)
         return result
 
     def _said(self) -> str:
@@ -164,10 +163,8 @@ class _Relay:
 
     def close(self) -> None:
         """See ``Transport``."""
-        try:
+        with suppress(ChannelClosedError):  # the machine in between is gone, and the connection with it
             self._connection.kill()
-        except ChannelClosed:
-            pass  # the machine in between is gone, and the connection with it
 
 
 class Channel:
@@ -243,11 +240,11 @@ class Channel:
         """Send one frame (for ``Command``)."""
         with self._lock:
             if self._closed:
-                raise ChannelClosed(f"no agent to talk to: {self._closed}")
+                raise ChannelClosedError(f"no agent to talk to: {self._closed}")
             try:
                 self._transport.send(agent.HEADER.pack(kind, ident, len(body)) + body)
             except OSError as error:
-                raise ChannelClosed(f"the agent went away: {error}") from error
+                raise ChannelClosedError(f"the agent went away: {error}") from error
 
     def _open(self, kind: int, argv: Sequence[str], body: str) -> Command:
         ident = next(self._ids)

@@ -13,27 +13,27 @@ class LabError(Exception):
         self.hint = hint
 
 
-class MissingTool(LabError):
+class MissingToolError(LabError):
     """A program or file of the build machine that the lab needs is not there."""
 
 
-class BuildFailed(LabError):
+class BuildError(LabError):
     """A build step (image, wheel, initramfs) failed; the message ends with its last output."""
 
 
-class BootFailed(LabError):
+class BootError(LabError):
     """A machine did not come up in time, or died on the way; the message has its console's tail."""
 
 
-class WrongState(LabError):
+class PowerStateError(LabError):
     """The call needs a running (or a powered-off) machine and this one is not."""
 
 
-class ChannelClosed(LabError):
+class ChannelClosedError(LabError):
     """The machine's agent went away while it was being talked to."""
 
 
-class CommandTimeout(LabError):
+class CommandTimeoutError(LabError):
     """A command did not end in time; it was killed. The message has what it had said so far."""
 
 
@@ -52,7 +52,7 @@ class Result:
         return self.stdout.decode(errors="replace").rstrip("\n")
 
 
-class CommandFailed(LabError):
+class CommandFailedError(LabError):
     """A checked command ended with another status than 0."""
 
     def __init__(self, result: Result) -> None:

@@ -21,7 +21,7 @@ from typing import BinaryIO, Final, Self
 
 from qemu.cache import cache_root
 from qemu.channel import Channel, Command, Transport
-from qemu.errors import BootFailed, LabError, Result, WrongState
+from qemu.errors import BootError, LabError, Result, PowerStateError
 from qemu.image import ensure_image
 from qemu.machine import FIRMWARE_VARS, Machine, Parts, Settings
 from qemu.process import run_tool, step
@@ -50,8 +50,8 @@ class LabHost:
         for folder in ("tpm", "run", "snapshots"):
             (work / folder).mkdir()
         shutil.copyfile(FIRMWARE_VARS, self._parts.firmware_vars)
-        overlay = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self.image.disk]
-        run_tool([*overlay, self._parts.disk], timeout=30)
+        make = ("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw")
+        run_tool([*make, "-b", self.image.disk, self._parts.disk], timeout=30)
 
     def __enter__(self) -> Self:
         return self
@@ -69,7 +69,7 @@ class LabHost:
         Returns when systemd has started everything (``settled``), or as soon as the agent answers.
         """
         if self._machine is not None:
-            raise WrongState("the host is already on")
+            raise PowerStateError("the host is already on")
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{self._work.path.name[-8:]}-{next(_boots)}.console.log"
         self.console_log = self.logs / name
         run = self._work.path / "run"
@@ -85,7 +85,7 @@ class LabHost:
         state = self.run(["systemctl", "is-system-running", "--wait"], SETTLE_LIMIT, check=False).text
         if state != "running":
             failed = self.run(["systemctl", "--failed", "--plain", "--no-legend"]).text
-            raise BootFailed(f"systemd says {state!r}; failed units:\n{failed}")
+            raise BootError(f"systemd says {state!r}; failed units:\n{failed}")
 
     def shutdown(self) -> None:
         """Power off cleanly: services stop, disks are written, the TPM is told."""
@@ -143,6 +143,11 @@ class LabHost:
         return self._on().channel
 
     @property
+    def running(self) -> bool:
+        """Whether the host is on."""
+        return self._machine is not None and self._machine.running
+
+    @property
     def tty(self) -> Path:
         """The unix socket of L1's second serial port, where root is logged in."""
         self._on()
@@ -163,8 +168,8 @@ class LabHost:
     ) -> Result:
         """Run a command as root to its end: a list is an argv, a string a line for ``/bin/sh``.
 
-        Raises ``CommandFailed`` unless it ends with 0 (``check``), ``CommandTimeout`` after killing
-        one that takes too long, ``ChannelClosed`` when the host goes off meanwhile.
+        Raises ``CommandFailedError`` unless it ends with 0 (``check``), ``CommandTimeoutError`` after killing
+        one that takes too long, ``ChannelClosedError`` when the host goes off meanwhile.
         """
         return self.channel.run(argv, timeout, check=check, stdin=stdin)
 
@@ -192,12 +197,12 @@ class LabHost:
 
     def _on(self) -> Machine:
         if self._machine is None:
-            raise WrongState("the host is off")
+            raise PowerStateError("the host is off")
         return self._machine
 
     def _snapshot(self, name: str) -> Path:
         if self._machine is not None:
-            raise WrongState("the host is on: shut it down or cut its power first")
+            raise PowerStateError("the host is on: shut it down or cut its power first")
         if not name.isidentifier():
             raise ValueError(f"snapshot name {name!r}")
         return self._work.path / "snapshots" / name

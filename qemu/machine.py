@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from qemu.channel import Channel, SocketTransport
-from qemu.errors import BootFailed, LabError, MissingTool
+from qemu.errors import BootError, LabError, MissingToolError
 from qemu.image import Image
 from qemu.process import spawn, tail
 
@@ -114,7 +114,7 @@ class Machine:
             self._qemu.wait(limit)
         except subprocess.TimeoutExpired as error:
             seen = tail(self._log)
-            raise BootFailed(f"no power-off within {limit:g} s; the console's end:\n{seen}") from error
+            raise BootError(f"no power-off within {limit:g} s; the console's end:\n{seen}") from error
         self.kill()
 
     def kill(self) -> None:
@@ -139,7 +139,7 @@ class Machine:
 
     def _start_qemu(self, image: Image, parts: Parts, settings: Settings, extra: Sequence[str]) -> None:
         if not FIRMWARE.exists():
-            raise MissingTool(f"no firmware {FIRMWARE}", hint="apt-get install ovmf")
+            raise MissingToolError(f"no firmware {FIRMWARE}", hint="apt-get install ovmf")
         run = self._run
         ram = f"memory-backend-file,id=ram,size={settings.memory_mib}M,share=on"
         accel = "tcg,thread=multi" if settings.accel == "tcg" else "kvm"
@@ -179,7 +179,7 @@ class Machine:
                 channel.close()
                 how = "QEMU ended" if ended else f"no answer from the agent within {limit:g} s"
                 said, seen = tail(self._run / "qemu.log"), tail(self._log)
-                raise BootFailed(f"{how}. QEMU said: {said}\nThe console's end:\n{seen}")
+                raise BootError(f"{how}. QEMU said: {said}\nThe console's end:\n{seen}")
         return channel
 
     @staticmethod
@@ -187,5 +187,5 @@ class Machine:
         deadline = time.monotonic() + SOCKET_LIMIT
         while not path.exists():
             if owner.poll() is not None or time.monotonic() > deadline:
-                raise BootFailed(f"no {path.name}; its owner said: {tail(log)}")
+                raise BootError(f"no {path.name}; its owner said: {tail(log)}")
             time.sleep(0.01)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from qemu.errors import BuildFailed, MissingTool
+from qemu.errors import BuildError, MissingToolError
 
 PACKAGE_OF: Final = {
     "debugfs": "e2fsprogs",
@@ -36,12 +36,12 @@ def step(what: str) -> Iterator[None]:
 
 
 def require_tools(*names: str) -> None:
-    """Raise ``MissingTool``, naming the Debian packages to install, if any of them is missing."""
+    """Raise ``MissingToolError``, naming the Debian packages to install, if any of them is missing."""
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     missing = [name for name in names if shutil.which(name, path=path) is None]
     if missing:
         packages = sorted({PACKAGE_OF.get(name, name) for name in missing})
-        raise MissingTool(
+        raise MissingToolError(
             f"not installed: {', '.join(missing)}", hint=f"apt-get install {' '.join(packages)}"
         )
 
@@ -54,7 +54,7 @@ def run_tool(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
 ) -> str:
-    """Run a tool and return its standard output; ``BuildFailed`` shows what it said."""
+    """Run a tool and return its standard output; ``BuildError`` shows what it said."""
     name = Path(argv[0]).name
     if not isinstance(argv[0], Path):
         require_tools(argv[0])
@@ -71,10 +71,10 @@ def run_tool(
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise BuildFailed(f"{name} took over {timeout:g} s") from error
+        raise BuildError(f"{name} took over {timeout:g} s") from error
     if ended.returncode != 0:
         said = (ended.stdout + ended.stderr).strip()[-TAIL:]
-        raise BuildFailed(f"{name} ended with {ended.returncode}:\n{said}")
+        raise BuildError(f"{name} ended with {ended.returncode}:\n{said}")
     return ended.stdout
 
 

@@ -23,6 +23,9 @@ cd "$tree/usr/lib/$(basename "$python")"
 rm -rf config-* distutils ensurepip idlelib lib2to3 pydoc_data test tkinter turtledemo venv wsgiref xmlrpc
 rm -f lib-dynload/_curses* lib-dynload/_dbm* lib-dynload/_gdbm* lib-dynload/_sqlite3* \
     lib-dynload/_test* lib-dynload/audioop* lib-dynload/readline*
+# An initramfs need not keep file times, and Python compiles again what looks changed: have it not look.
+find . -name __pycache__ -prune -exec rm -rf {} +
+python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash .
 
 # Shared libraries of all that was copied, at the paths the loader looks in. libffi is for cffi.
 for binary in "$tree/usr/bin/python3" lib-dynload/*.so; do ldd "$binary"; done |
@@ -39,7 +42,7 @@ done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' | while read -r path; do
     basename "$path" >>"$tree/modules/order"
 done
 
-cp /usr/local/lib/hostd-lab/agent.py "$tree/usr/lib/lab-agent.py"
+cp /usr/local/lib/hostd-lab/agent.py "$tree/usr/lib/lab_agent.py"
 cat >"$tree/init" <<'INIT'
 #!/bin/sh
 mount -t devtmpfs dev /dev
@@ -49,7 +52,7 @@ while read -r module; do insmod "/modules/$module"; done </modules/order
 export HOME=/root PATH=/usr/bin:/bin LANG=C.UTF-8
 for port in /sys/class/virtio-ports/*; do
     if [ "$(cat "$port/name")" = org.hostd.lab ]; then
-        python3 -I -S /usr/lib/lab-agent.py "/dev/${port##*/}"
+        python3 -I -S /usr/lib/lab_agent.py "/dev/${port##*/}"
     fi
 done
 poweroff -f

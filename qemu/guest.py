@@ -27,7 +27,7 @@ from qemu.initramfs import cpio, tree
 TEMPLATE: Final = Path(__file__).with_name("guest-domain.xml")
 FOLDER: Final = "/var/lib/hostd-lab"  # in L1; guest-base.cpio and vmlinuz are there
 INITRAMFS: Final = f"{FOLDER}/guest.cpio"
-SITE_PACKAGES: Final = "usr/lib/python3.11/site-packages"  # on sys.path of the guest's python3
+SITE_PACKAGES: Final = "usr/local/lib/python3.11/dist-packages"  # on sys.path of the guest's python3
 START_LIMIT: Final = 120.0  # seconds from virsh to the agent's answer; a few on an idle machine
 NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,30}")
 CIDS: Final = range(3, 1 << 32)  # 0 to 2 have meanings of their own (vsock(7))

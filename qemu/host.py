@@ -21,7 +21,7 @@ from typing import BinaryIO, Final, Self
 
 from qemu.cache import cache_root
 from qemu.channel import Channel, Command, Transport
-from qemu.errors import BootError, LabError, Result, PowerStateError
+from qemu.errors import BootError, LabError, PowerStateError, Result
 from qemu.image import ensure_image
 from qemu.machine import FIRMWARE_VARS, Machine, Parts, Settings
 from qemu.process import run_tool, step
@@ -74,9 +74,7 @@ class LabHost:
         self.console_log = self.logs / name
         run = self._work.path / "run"
         with step(f"booting the host ({self.settings.accel})"):
-            self._machine = Machine(
-                self.image, self._parts, self.settings, extra, run, self.console_log
-            )
+            self._machine = Machine(self.image, self._parts, self.settings, extra, run, self.console_log)
             if settled:
                 self.settle()
 
@@ -100,14 +98,14 @@ class LabHost:
         self.boot(*extra, settled=settled)
 
     def power_cut(self) -> None:
-        """Pull the plug: what L1 had not flushed to its disk is lost. ``boot`` is next."""
-        self._on().kill()
-        self._machine = None
+        """Pull the plug, if it is in: what L1 had not flushed to its disk is lost. ``boot`` is next."""
+        if self._machine is not None:
+            self._machine.kill()
+            self._machine = None
 
     def close(self) -> None:
         """Cut the power if it is on, and remove disk, TPM and snapshots. Console logs stay."""
-        if self._machine is not None:
-            self.power_cut()
+        self.power_cut()
         self._work.close()
 
     # Attacks from outside.

@@ -78,9 +78,7 @@ def run_tool(
     return ended.stdout
 
 
-def spawn(
-    argv: Sequence[str | Path], log: Path, keep_fds: Sequence[int] = ()
-) -> subprocess.Popen[bytes]:
+def spawn(argv: Sequence[str | Path], log: Path, keep_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
     """Start a child that dies with us, however we die, and that a Ctrl-C at the terminal spares.
 
     The kernel ties the child to the *thread* that starts it (prctl(2), PR_SET_PDEATHSIG): start

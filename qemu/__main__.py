@@ -1,0 +1,97 @@
+"""``python3 -m qemu``: build the lab, work in it, run something in it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from qemu.errors import LabError
+from qemu.guest import Guest
+from qemu.host import LabHost
+from qemu.image import ensure_image
+from qemu.install import install_guests, install_hostd
+from qemu.machine import Settings
+from qemu.shell import interact, require_terminal
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Do what the command line says; the exit status."""
+    arguments = _parser().parse_args(words)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        status: int = arguments.act(arguments)
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python3 -m qemu", description=__doc__)
+    parser.add_argument(
+        "--accel",
+        choices=("tcg", "kvm"),
+        default=os.environ.get("HOSTD_LAB_ACCEL", "tcg"),
+        help="emulation, or the machine's own (nested) KVM; default: $HOSTD_LAB_ACCEL or tcg",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="build | shell | run")
+    build = verbs.add_parser("build", help="build the image and the wheels, so that later starts are quick")
+    build.set_defaults(act=_build)
+    shell = verbs.add_parser("shell", help="a root shell in the host, with hostd installed and a guest up")
+    shell.add_argument("--bare", action="store_true", help="the host alone: no hostd, no guest")
+    shell.set_defaults(act=_shell)
+    run = verbs.add_parser("run", help="run a command in the host, print what it says, power off")
+    run.add_argument("--hostd", action="store_true", help="install hostd first")
+    run.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS")
+    run.add_argument("command", nargs="+", metavar="-- COMMAND", help="the command and its arguments")
+    run.set_defaults(act=_run)
+    return parser
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    print(ensure_image().disk.parent)
+    return 0
+
+
+def _shell(arguments: argparse.Namespace) -> int:
+    require_terminal()
+    with LabHost(Settings(accel=arguments.accel)) as host:
+        host.boot()
+        if arguments.bare:
+            interact(host)
+            return 0
+        install_hostd(host)
+        install_guests(host)
+        with Guest(host, "alice", 7) as guest:
+            guest.start()
+            interact(host, installed=" and hostd in /opt/hostd", guests="; alice, CID 7, is running")
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    with LabHost(Settings(accel=arguments.accel)) as host:
+        host.boot()
+        if arguments.hostd:
+            install_hostd(host)
+        result = host.run(arguments.command, arguments.timeout, check=False)
+        host.shutdown()
+    sys.stdout.buffer.write(result.stdout)
+    sys.stderr.buffer.write(result.stderr)
+    return result.rc if result.rc >= 0 else 128 - result.rc
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Leave by the ordinary way out, so that machines are switched off and folders removed."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The lab's host has what a measured KVM host has, and can be rebooted, cut off and rolled back."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+
+import pytest
+
+from qemu.errors import ChannelClosedError, CommandFailedError, CommandTimeoutError, PowerStateError
+from qemu.host import LabHost
+
+NV_INDEX = "0x1500018"
+
+
+def _pcrs(host: LabHost, numbers: str) -> dict[int, str]:
+    said = host.run(["tpm2_pcrread", f"sha256:{numbers}"]).text
+    return {int(number): value for number, value in re.findall(r"(\d+)\s*: 0x([0-9A-F]{64})", said)}
+
+
+def _nv_counter(host: LabHost) -> int:
+    return int.from_bytes(host.run(["tpm2_nvread", NV_INDEX]).stdout, "big")
+
+
+def test_the_host_is_a_measured_kvm_host(lab: LabHost) -> None:
+    for device in ("/dev/tpm0", "/dev/tpmrm0", "/dev/kvm", "/dev/vhost-vsock", "/dev/vsock"):
+        lab.run(["test", "-c", device])
+    log = lab.get("/sys/kernel/security/ima/ascii_runtime_measurements").decode()
+    assert log.startswith("10 ")
+    assert "ima-ng sha256:" in log
+    assert lab.get("/sys/kernel/security/tpm0/binary_bios_measurements")[32:48].startswith(b"Spec ID Event03")
+    assert "running hypervisor: qemu" in lab.run(["virsh", "version"]).text.lower()
+
+
+def test_commands_and_files(lab: LabHost) -> None:
+    blob = os.urandom(3_000_001)
+    lab.put(blob, "/root/blob", mode=0o600)
+    assert lab.get("/root/blob") == blob
+    assert lab.run("cat; echo err >&2", stdin=b"in").stdout == b"in"
+    failed = lab.run(["sh", "-c", "kill -TERM $$"], check=False)
+    assert failed.rc == -15
+    with pytest.raises(CommandFailedError, match="ended with 3: no"):
+        lab.run("echo no >&2; exit 3")
+    assert lab.run(["/no/such/program"], check=False).rc == 127
+    with pytest.raises(CommandTimeoutError, match="half"):
+        lab.run("echo half; sleep 100", 1.0)
+    waiting = lab.start(["cat"])
+    assert lab.run(["echo", "meanwhile"]).text == "meanwhile"
+    waiting.write(b"later")
+    waiting.end_input()
+    assert waiting.wait(10).stdout == b"later"
+
+
+def test_memory_is_seen_from_outside(lab: LabHost) -> None:
+    """What L1 keeps in RAM is found, and can be changed, in the shared mapping."""
+    old, new = os.urandom(16).hex().encode(), os.urandom(16).hex().encode()
+    lab.put(old, "/dev/shm/needle")
+    with lab.memory() as ram:
+        assert isinstance(ram, mmap.mmap)
+        at = ram.find(old)
+        assert at >= 0
+        while at >= 0:
+            ram[at : at + len(new)] = new
+            at = ram.find(old, at + 1)
+    assert lab.get("/dev/shm/needle") == new
+
+
+def test_reboot_keeps_tpm_and_disk_and_measures_the_command_line(lab: LabHost) -> None:
+    lab.run(
+        ["tpm2_nvdefine", NV_INDEX, "-C", "o", "-a", "nt=counter|ownerread|ownerwrite|authread|authwrite"]
+    )
+    lab.run(["tpm2_nvincrement", NV_INDEX])
+    counter = _nv_counter(lab)
+    before = _pcrs(lab, "0,1,2,3,4,5,6,7,8,9")
+    lab.put(b"kept", "/root/kept")
+
+    lab.reboot("hostd.lab=another-command-line")
+
+    assert _nv_counter(lab) == counter
+    assert lab.get("/root/kept") == b"kept"
+    assert "hostd.lab=another-command-line" in lab.get("/proc/cmdline").decode()
+    after = _pcrs(lab, "0,1,2,3,4,5,6,7,8,9")
+    assert {number for number in before if before[number] != after[number]} == {9}
+
+    lab.reboot()
+
+    assert _pcrs(lab, "0,1,2,3,4,5,6,7,8,9") == before
+
+
+def test_power_cut_and_rollback(lab: LabHost) -> None:
+    """A cut keeps what was synced and drops what was not; a rollback brings old state back."""
+    lab.run("echo old >/root/state && sync /root/state && tpm2_nvincrement " + NV_INDEX)
+    counter = _nv_counter(lab)
+    lab.shutdown()
+    with pytest.raises(PowerStateError):
+        lab.run(["true"])
+    lab.snapshot("old")
+    lab.boot(settled=False)
+    lab.run("echo new >/root/state && sync /root/state; echo 1 >/root/unsynced; tpm2_nvincrement " + NV_INDEX)
+    sleeping = lab.start(["sleep", "1000"])
+    lab.power_cut()
+    with pytest.raises(ChannelClosedError):
+        sleeping.wait(10)
+
+    lab.boot(settled=False)
+    assert lab.get("/root/state") == b"new\n"
+    assert lab.run(["cat", "/root/unsynced"], check=False).stdout == b""
+    assert _nv_counter(lab) == counter + 1
+    lab.power_cut()
+
+    lab.rollback("old", tpm=False)
+    lab.boot(settled=False)
+    assert lab.get("/root/state") == b"old\n"
+    assert _nv_counter(lab) == counter + 1
+    lab.power_cut()
+
+    lab.rollback("old", disk=False)
+    lab.boot(settled=False)
+    assert _nv_counter(lab) == counter
+    lab.settle()

@@ -16,6 +16,8 @@ import msgspec
 class Kind(enum.StrEnum):
     """A kind of component that is read and judged as one (docs/architecture.md, "Measurement")."""
 
+    BOOT = "boot"
+    """The PCRs that the root key is sealed to, as the TPM quotes them with every batch."""
     GUESTS = "guests"
     """Which hypervisor processes run, and which VM each of them is."""
     POSTURE = "posture"
@@ -53,6 +55,7 @@ class Component:
         return f"{self.kind}:{self.vm}" if self.vm else str(self.kind)
 
 
+BOOT = Component(Kind.BOOT)
 GUESTS = Component(Kind.GUESTS)
 POSTURE = Component(Kind.POSTURE)
 IMA = Component(Kind.IMA)

@@ -20,6 +20,8 @@ MAX_CIPHERTEXT_BYTES = MAX_DATA_BYTES + 1024
 MAX_RANDOM_BYTES = 1024
 MAX_AAD_PAIRS = 16
 MAX_KEY_LIST = 100
+MAX_VERSIONS_SHOWN = 16
+"""Versions a KeyInfo lists: the newest ones."""
 IMA_CHUNK_BYTES = 96 << 10
 """Log bytes in one GetEvidenceLog answer: base64 of it fits a frame."""
 
@@ -213,6 +215,9 @@ class KeyInfo(_Result, frozen=True):
     created: str
     usage: tuple[str, ...]
     versions: tuple[KeyVersionInfo, ...]
+    """The newest versions, at most MAX_VERSIONS_SHOWN, oldest first."""
+    schemes: tuple[str, ...] = ()
+    """Signature schemes, the default first."""
     alias: str | None = None
 
 

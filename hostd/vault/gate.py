@@ -1,0 +1,342 @@
+"""The gate: which requests may execute, and what has to be read for the others (pure).
+
+The promise (docs/architecture.md, "The gate"): a response to a gated request is released only if
+everything its caller's safety rests on was measured good by readings that started after the request
+arrived, and a second look after the work still agreed.
+
+Kept by one stamp per component: when its latest reading *started*, and how it was judged. A request
+that arrived at time a may execute when every component its caller needs has an acceptable stamp
+that started at or after a. Times are the vault's own monotonic nanoseconds: arrival is taken after
+the bytes were received, a reading's start is the moment the vault asked for it, so both are true
+bounds whatever the measurer's clock says.
+
+Everything unknown denies: no stamp, another status, a caller whose process is not the one that the
+channel was bound to. This module does no I/O and holds no key; `hostd.vault.batches` drives it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from guestlib.errors import (
+    DeadlineError,
+    HostdError,
+    OverloadedError,
+    RefusedDriftError,
+    UnavailableError,
+)
+from hostd.core.findings import (
+    BOOT,
+    FILES,
+    GUESTS,
+    IMA,
+    POSTURE,
+    Component,
+    Finding,
+    Kind,
+    Status,
+    Verdict,
+    process_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hostd.core.callers import Caller
+    from hostd.core.readings import Hypervisor
+
+HOST_COMPONENTS = frozenset({GUESTS, POSTURE, IMA, FILES})
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A request in the gate. `item` is the driver's; the gate does not look at it."""
+
+    caller: Caller
+    arrived: int
+    deadline: int
+    item: object
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """The latest judged reading of a component. Times in nanoseconds on the vault's clock."""
+
+    number: int
+    started: int
+    ended: int
+    status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """The set of readings that a batch rests on."""
+
+    number: int
+    first_start: int
+    last_end: int
+    readings: tuple[tuple[Component, Stamp], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    request: Waiting
+    error: HostdError
+
+
+@dataclass(slots=True)
+class _Queue:
+    caller: Caller
+    requests: deque[Waiting] = field(default_factory=deque)
+
+
+class Gate:
+    """State of measurement and the requests that wait for it."""
+
+    def __init__(
+        self, *, require: frozenset[Component], host_scope: bool, waiting_per_caller: int, batch: int
+    ) -> None:
+        self._require = require
+        self._host_scope = host_scope
+        self._per_caller = waiting_per_caller
+        self._batch = batch
+        self._stamps: dict[Component, Stamp] = {}
+        self._asked: dict[Component, int] = {}
+        self._latched: dict[Component, tuple[Finding, ...]] = {}
+        self._queues: dict[Caller, _Queue] = {}
+        self._turn: deque[Caller] = deque()
+        self._hypervisors: dict[str, Hypervisor] = {}
+        self._passes = 0
+        self._readings = 0
+        self.shut: str | None = "starting"
+        """Why the gate is closed for all, drift apart: no keys, no reference values, no measurer."""
+
+    # ── What a caller rests on ────────────────────────────────────────────────────────────────────
+
+    def needs(self, caller: Caller) -> frozenset[Component]:
+        """The host's components; for a VM its own process; for a host-local caller every VM's."""
+        if caller.vm:
+            return HOST_COMPONENTS | {process_of(caller.vm)}
+        if caller.officer:
+            return HOST_COMPONENTS
+        return HOST_COMPONENTS | {process_of(vm) for vm in self._hypervisors}
+
+    def acceptable(self, component: Component, status: Status) -> bool:
+        """Whether a reading so judged is enough. Absent is, only where it is not required."""
+        if status is Status.VERIFIED:
+            return True
+        return (
+            status is Status.ABSENT and component.kind is not Kind.PROCESS and component not in self._require
+        )
+
+    def latched_for(self, caller: Caller) -> Component | None:
+        """A drifted component that closes the gate to this caller until an officer clears it."""
+        for component in self._latched:
+            if component.kind is not Kind.PROCESS or self._host_scope:
+                return component
+            if component.vm == caller.vm or not (caller.vm or caller.officer):
+                return component
+        return None
+
+    # ── Requests ──────────────────────────────────────────────────────────────────────────────────
+
+    def arrive(self, request: Waiting) -> None:
+        """Queues a request.
+
+        Raises:
+            RefusedDriftError: something it rests on has drifted.
+            UnavailableError: the gate is shut.
+            OverloadedError: the caller has too much waiting.
+        """
+        if self.latched_for(request.caller) is not None:
+            raise RefusedDriftError("a measurement this answer rests on has drifted")
+        if self.shut is not None:
+            raise UnavailableError(f"the gate is closed: {self.shut}")
+        queue = self._queues.get(request.caller)
+        if queue is None:
+            queue = self._queues[request.caller] = _Queue(request.caller)
+            self._turn.append(request.caller)
+        if len(queue.requests) >= self._per_caller:
+            raise OverloadedError(f"{self._per_caller} requests of this caller are waiting")
+        queue.requests.append(request)
+
+    @property
+    def waiting(self) -> int:
+        return sum(len(q.requests) for q in self._queues.values())
+
+    def _holds(self, request: Waiting, component: Component) -> bool:
+        stamp = self._stamps.get(component)
+        return (
+            stamp is not None
+            and stamp.started >= request.arrived
+            and self.acceptable(component, stamp.status)
+        )
+
+    def _may_execute(self, request: Waiting) -> bool:
+        return all(self._holds(request, c) for c in self.needs(request.caller))
+
+    def take(self, now: int) -> tuple[list[Waiting], Pass] | None:
+        """The next batch that may execute now, callers in turn, and the pass it rests on."""
+        if self.shut is not None:
+            return None
+        batch: list[Waiting] = []
+        components: set[Component] = set()
+        for _ in range(len(self._turn)):
+            caller = self._turn[0]
+            self._turn.rotate(-1)
+            requests = self._queues[caller].requests
+            share = max(1, self._batch // len(self._turn))
+            taken = 0
+            while (
+                requests
+                and taken < share
+                and len(batch) < self._batch
+                and requests[0].deadline > now
+                and self.latched_for(caller) is None
+                and self._may_execute(requests[0])
+            ):
+                batch.append(requests.popleft())
+                taken += 1
+            if taken:
+                components |= self.needs(caller)
+        self._forget_empty()
+        if not batch:
+            return None
+        self._passes += 1
+        readings = tuple(sorted((c, self._stamps[c]) for c in components))
+        passed = Pass(
+            number=self._passes,
+            first_start=min(s.started for _, s in readings),
+            last_end=max(s.ended for _, s in readings),
+            readings=readings,
+        )
+        return batch, passed
+
+    def expired(self, now: int) -> list[Refused]:
+        """Removes and returns requests whose deadline has passed."""
+        return self._remove(
+            lambda r: r.deadline <= now,
+            lambda _r: DeadlineError("no complete measurement before the request's deadline"),
+        )
+
+    def drop(self, caller: Caller) -> None:
+        """Forgets the requests of a caller that is gone."""
+        self._queues.pop(caller, None)
+        if caller in self._turn:
+            self._turn.remove(caller)
+
+    def _forget_empty(self) -> None:
+        for caller in [c for c, q in self._queues.items() if not q.requests]:
+            self.drop(caller)
+
+    def _remove(self, which: object, error: object) -> list[Refused]:
+        assert callable(which)
+        assert callable(error)
+        refused: list[Refused] = []
+        for queue in self._queues.values():
+            kept: deque[Waiting] = deque()
+            for request in queue.requests:
+                if which(request):
+                    refused.append(Refused(request, error(request)))
+                else:
+                    kept.append(request)
+            queue.requests = kept
+        self._forget_empty()
+        return refused
+
+    # ── Readings ──────────────────────────────────────────────────────────────────────────────────
+
+    def wanted(self, busy: frozenset[Component]) -> Component | None:
+        """The component to read next: of those that some request waits for, the one not asked for
+        the longest. `busy` are being read. None: nobody waits for a reading."""
+        best: Component | None = None
+        for queue in self._queues.values():
+            if not queue.requests or self.latched_for(queue.caller) is not None:
+                continue
+            newest = queue.requests[-1]
+            for component in self.needs(queue.caller):
+                if component in busy or self._holds(newest, component):
+                    continue
+                key = (self._asked.get(component, -1), component)
+                if best is None or key < (self._asked.get(best, -1), best):
+                    best = component
+        return best
+
+    def stale(self, before: int, busy: frozenset[Component]) -> Component | None:
+        """A component, any VM's included, not asked for since `before`: the sweep's next."""
+        known = HOST_COMPONENTS | {process_of(vm) for vm in self._hypervisors}
+        ages = [(self._asked.get(c, -1), c) for c in known if c not in busy]
+        oldest = min(ages, default=None)
+        return oldest[1] if oldest is not None and oldest[0] < before else None
+
+    def asked(self, component: Component, now: int) -> None:
+        self._asked[component] = now
+
+    def guests(self, hypervisors: Iterable[Hypervisor]) -> None:
+        """Takes note of which VM is which process, from a judged reading of `guests`."""
+        self._hypervisors = {h.vm: h for h in hypervisors}
+        known = {process_of(vm) for vm in self._hypervisors}
+        for component in [c for c in self._stamps if c.kind is Kind.PROCESS and c not in known]:
+            del self._stamps[component]
+            self._asked.pop(component, None)
+
+    def hypervisor(self, vm: str) -> Hypervisor | None:
+        return self._hypervisors.get(vm)
+
+    @property
+    def hypervisors(self) -> tuple[Hypervisor, ...]:
+        return tuple(self._hypervisors.values())
+
+    def judged(self, verdict: Verdict, *, started: int, ended: int) -> list[Refused]:
+        """Moves the component's stamp; returns the requests that this verdict refuses for good."""
+        component = verdict.component
+        self._readings += 1
+        self._stamps[component] = Stamp(self._readings, started, ended, verdict.status)
+        if verdict.status is Status.DRIFTED:
+            return self.latch(component, verdict.findings)
+        if verdict.status is Status.ABSENT and not self.acceptable(component, verdict.status):
+            return self._remove(
+                lambda r: r.arrived <= started and component in self.needs(r.caller),
+                lambda _r: UnavailableError(f"{component.kind} cannot be measured on this host"),
+            )
+        return []
+
+    def latch(self, component: Component, findings: tuple[Finding, ...]) -> list[Refused]:
+        """Closes the gate to all that rest on a drifted component, until `clear`."""
+        self._latched[component] = findings
+        return self._remove(
+            lambda r: self.latched_for(r.caller) is not None,
+            lambda _r: RefusedDriftError("a measurement this answer rests on has drifted"),
+        )
+
+    def clear(self, component: Component) -> bool:
+        """An officer has cleared this drift; a new good reading is still needed. False: it had none."""
+        self._stamps.pop(component, None)
+        return self._latched.pop(component, None) is not None
+
+    def lose_measurer(self) -> None:
+        """No stamp survives the loss of the measurer."""
+        self._stamps.clear()
+        self._asked.clear()
+        self._hypervisors.clear()
+
+    @property
+    def latched(self) -> dict[Component, tuple[Finding, ...]]:
+        return dict(self._latched)
+
+    @property
+    def stamps(self) -> dict[Component, Stamp]:
+        return dict(self._stamps)
+
+    @property
+    def passes(self) -> int:
+        return self._passes
+
+    def host_drifted(self) -> bool:
+        """Whether a drift closes the gate for all: keys must leave memory."""
+        return any(c.kind is not Kind.PROCESS or self._host_scope for c in self._latched)
+
+
+__all__ = ["BOOT", "HOST_COMPONENTS", "Gate", "Pass", "Refused", "Stamp", "Waiting"]

@@ -1,0 +1,170 @@
+"""Keys in memory: the root key, the tenants' key-encryption keys, and the versions in use.
+
+ROOT lives in one `SecretBuffer` (locked, not dumped, not inherited). Material is unwrapped when a
+request needs it and cached in a bounded table. `lock` wipes ROOT and drops everything else; what
+Python and OpenSSL have copied is freed, not overwritten (docs/threat-model.md, "Wiping").
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final
+
+from guestlib.errors import UnavailableError, WrongStateError
+from hostd.core.keys import Algorithm, KeyRecord, State, VersionRecord
+from hostd.vault import primitives
+
+if TYPE_CHECKING:
+    from hostd.platform.secretmem import SecretBuffer
+    from hostd.vault.store import Store
+
+MAX_CACHED: Final = 4096
+"""Key versions held unwrapped; the least recently used leaves."""
+
+SYMMETRIC: Final = frozenset({Algorithm.AES_256_GCM, Algorithm.HMAC_SHA_256})
+
+
+def binding(key: KeyRecord, version: int, state: State, generation: int) -> bytes:
+    """What a wrapped version is bound to: format, tenant, key, algorithm, version, state, generation.
+
+    Each field is length-prefixed (2 bytes, big endian). Moving a row between keys, tenants, versions,
+    states or generations makes it undecryptable. (A whole older row put back, generation and all,
+    opens: that is rollback, which this does not see.)
+    """
+    fields = (
+        b"hostd key v1",
+        key.tenant.encode(),
+        key.id.encode(),
+        key.algorithm.encode(),
+        version.to_bytes(4, "big"),
+        state.encode(),
+        generation.to_bytes(8, "big"),
+    )
+    return b"".join(len(f).to_bytes(2, "big") + f for f in fields)
+
+
+class Keyring:
+    """Unlocked by `unlock`, empty after `lock`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._root: SecretBuffer | None = None
+        self._keks: dict[tuple[str, int], bytes] = {}
+        self._cache: OrderedDict[tuple[str, int, int], bytes | primitives.PrivateKey] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"<Keyring {'locked' if self._root is None else 'unlocked'}>"
+
+    @property
+    def unlocked(self) -> bool:
+        return self._root is not None
+
+    def unlock(self, root: SecretBuffer) -> None:
+        """Takes ROOT (32 bytes) over; the keyring wipes it."""
+        self.lock()
+        self._root = root
+
+    def lock(self) -> None:
+        """Wipes ROOT and drops every key. Safe to call twice."""
+        self._cache.clear()
+        self._keks.clear()
+        root, self._root = self._root, None
+        if root is not None:
+            root.wipe()
+
+    def forget(self, key_id: str) -> None:
+        """Drops the cached versions of a key."""
+        for entry in [e for e in self._cache if e[0] == key_id]:
+            del self._cache[entry]
+
+    def _kek(self, tenant: str) -> bytes:
+        if self._root is None:
+            raise UnavailableError("the keys are locked")
+        generation = self._store.kek_generation(tenant)
+        if generation is None:
+            raise UnavailableError("the tenant's key generation is unknown")
+        kek = self._keks.get((tenant, generation))
+        if kek is None:
+            with self._root.view() as view:
+                kek = primitives.derive_kek(
+                    view, store=self._store.store_id, tenant=tenant, generation=generation
+                )
+            self._keks[tenant, generation] = kek
+        return kek
+
+    def wrap(self, key: KeyRecord, version: int, state: State, generation: int, material: bytes) -> bytes:
+        """Wrapped material for one row of the store."""
+        return primitives.wrap(self._kek(key.tenant), material, binding(key, version, state, generation))
+
+    def wrap_service_key(self, name: str, material: bytes) -> bytes:
+        """Wraps a key of hostd's own (the channel CA) directly under a key derived from ROOT."""
+        return primitives.wrap(self._service_kek(), material, b"hostd service key v1\0" + name.encode())
+
+    def unwrap_service_key(self, name: str, wrapped: bytes) -> bytes:
+        """Raises: primitives.IntegrityError."""
+        return primitives.unwrap(self._service_kek(), wrapped, b"hostd service key v1\0" + name.encode())
+
+    def _service_kek(self) -> bytes:
+        if self._root is None:
+            raise UnavailableError("the keys are locked")
+        with self._root.view() as view:
+            # No tenant has an empty name (the operators' commands refuse it).
+            return primitives.derive_kek(view, store=self._store.store_id, tenant="", generation=0)
+
+    def _material(self, key: KeyRecord, version: VersionRecord) -> bytes:
+        if version.state is State.DESTROYED:
+            raise WrongStateError("the key is destroyed")
+        try:
+            return primitives.unwrap(
+                self._kek(key.tenant),
+                version.wrapped,
+                binding(key, version.version, version.state, version.generation),
+            )
+        except primitives.IntegrityError as error:
+            raise UnavailableError(f"stored key {key.id} is damaged or was replaced") from error
+
+    def secret(self, key: KeyRecord, version: VersionRecord) -> bytes:
+        """Material of a symmetric key version.
+
+        Raises:
+            UnavailableError: locked, or the stored row was altered.
+            WrongStateError: destroyed.
+        """
+        found = self._lookup(key, version)
+        assert isinstance(found, bytes)
+        return found
+
+    def private(self, key: KeyRecord, version: VersionRecord) -> primitives.PrivateKey:
+        """The private key of an asymmetric key version. Raises: as `secret`."""
+        found = self._lookup(key, version)
+        assert not isinstance(found, bytes)
+        return found
+
+    def _lookup(self, key: KeyRecord, version: VersionRecord) -> bytes | primitives.PrivateKey:
+        if self._root is None:
+            raise UnavailableError("the keys are locked")
+        place = (key.id, version.version, version.generation)
+        found = self._cache.get(place)
+        if found is None:
+            material = self._material(key, version)
+            found = (
+                material if key.algorithm in SYMMETRIC else primitives.load_private(key.algorithm, material)
+            )
+            self._cache[place] = found
+            if len(self._cache) > MAX_CACHED:
+                self._cache.popitem(last=False)
+        else:
+            self._cache.move_to_end(place)
+        return found
+
+    def rewrap(self, key: KeyRecord, version: VersionRecord, state: State) -> VersionRecord:
+        """The same version in another state: wrapped anew under the next generation."""
+        material = self._material(key, version)
+        generation = version.generation + 1
+        return VersionRecord(
+            version=version.version,
+            state=state,
+            created=version.created,
+            generation=generation,
+            wrapped=self.wrap(key, version.version, state, generation, material),
+        )

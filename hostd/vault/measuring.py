@@ -1,0 +1,286 @@
+"""The vault's end of the measurer: asks, deadlines, appraisal.
+
+The vault asks and takes the time of its own asking as the reading's start; the measurer's clock is
+never trusted for freshness. At most `MAX_READINGS` component readings are asked for at once, so that
+the measurer never idles while somebody waits and nothing piles up. A reading that misses its
+deadline, or a record that does not fit what was asked, ends the connection: every stamp is lost, and
+the measurer is connected to again.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+from hostd.core.findings import Component, Kind, Status, Verdict
+from hostd.core.readings import (
+    FileIdentity,
+    FilesReading,
+    GuestsReading,
+    ImaReading,
+    Missing,
+    PostureReading,
+    ProcessReading,
+    Reading,
+)
+from hostd.ipc import measuring
+from hostd.ipc.channel import Channel, ChannelError
+from hostd.ipc.connect import Connector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from hostd.core.appraisal import Appraiser
+    from hostd.ipc.loop import Loop
+
+MAX_READINGS: Final = 2
+MAX_IDENTIFY: Final = 4
+"""Files identified at once; a first look at a QEMU has some fifty of them."""
+IDENTIFY_DEADLINE_S: Final = 60.0
+"""Hashing one large file from a cold disk, on a slow machine."""
+SURVEY_DEADLINE_S: Final = 600.0
+
+EXPECTED: Final[dict[Kind, type]] = {
+    Kind.GUESTS: GuestsReading,
+    Kind.POSTURE: PostureReading,
+    Kind.IMA: ImaReading,
+    Kind.FILES: FilesReading,
+    Kind.PROCESS: ProcessReading,
+}
+
+
+class Listener(Protocol):
+    """Who is told (the vault)."""
+
+    def measurer_ready(self) -> None: ...
+
+    def measurer_lost(self, reason: str) -> None: ...
+
+    def on_verdict(
+        self, verdict: Verdict, reading: Reading, started: int, ended: int, cost_ns: int
+    ) -> None: ...
+
+
+@dataclass(slots=True)
+class _Asked:
+    seq: int
+    started: int
+    deadline: float
+    component: Component | None = None
+    file: int = -1
+    who: Callable[[ProcessReading | Missing], None] | None = None
+    survey: Callable[[dict[str, bytes] | None], None] | None = None
+    surveyed: dict[str, bytes] = field(default_factory=dict)
+
+
+class Measuring:
+    """The connection to the measurer and the appraiser of its readings."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        path: Path,
+        *,
+        uid: int,
+        deadline_s: float,
+        new_appraiser: Callable[[], Appraiser],
+        listener: Listener,
+    ) -> None:
+        self._loop = loop
+        self._deadline_s = deadline_s
+        self._new_appraiser = new_appraiser
+        self._listener = listener
+        self._asked: dict[int, _Asked] = {}
+        self._seq = 0
+        self._to_identify: list[int] = []
+        self._channel: Channel[measuring.Response] | None = None
+        self._greeted = False
+        self.appraiser = new_appraiser()
+        self._connector = Connector(
+            loop, path, uid=uid, record_type=measuring.Response, connected=self._on_connected
+        )
+        self._connector.start()
+        self._watchdog()
+
+    # ── Connection ────────────────────────────────────────────────────────────────────────────────
+
+    def _on_connected(self, channel: Channel[measuring.Response]) -> None:
+        self._channel = channel
+        self._greeted = False
+        self._hello_by = time.monotonic() + self._deadline_s
+        self._loop.watch(channel, self._on_events)
+
+    @property
+    def ready(self) -> bool:
+        return self._channel is not None and self._greeted
+
+    def _lose(self, reason: str) -> None:
+        channel, self._channel = self._channel, None
+        if channel is None:
+            return
+        self._loop.forget(channel)
+        channel.close()
+        lost, self._asked = self._asked, {}
+        self._to_identify.clear()
+        self._listener.measurer_lost(reason)
+        for asked in lost.values():
+            if asked.who is not None:
+                asked.who(Missing(reason="the measurer was lost", absent=False))
+            if asked.survey is not None:
+                asked.survey(None)
+        self._connector.start()
+
+    def restart(self) -> None:
+        """New reference values: appraise everything from nothing."""
+        self.appraiser = self._new_appraiser()
+        self._lose("reference values changed")
+
+    def _watchdog(self) -> None:
+        now = time.monotonic()
+        if self._channel is not None:
+            if not self._greeted and now > self._hello_by:
+                self._lose("the measurer did not greet")
+            late = next((a for a in self._asked.values() if now > a.deadline), None)
+            if late is not None:
+                self._lose(f"a reading missed its deadline: {late.component or 'file or survey'}")
+        self._loop.call_after(self._deadline_s / 4, self._watchdog)
+
+    # ── Asking ────────────────────────────────────────────────────────────────────────────────────
+
+    def _send(self, asked: _Asked, request: measuring.Request) -> None:
+        channel = self._channel
+        if channel is None:
+            return
+        self._asked[asked.seq] = asked
+        try:
+            channel.send(request)
+        except ChannelError as error:
+            self._lose(str(error))
+            return
+        self._loop.watch(channel, self._on_events, write=channel.wants_write)
+
+    def _next(self, deadline_s: float, *, started: int | None = None) -> _Asked:
+        self._seq += 1
+        return _Asked(
+            seq=self._seq,
+            started=time.monotonic_ns() if started is None else started,
+            deadline=time.monotonic() + deadline_s,
+        )
+
+    @property
+    def busy(self) -> frozenset[Component]:
+        return frozenset(a.component for a in self._asked.values() if a.component is not None)
+
+    @property
+    def has_room(self) -> bool:
+        return self.ready and len(self.busy) < MAX_READINGS
+
+    def ask(self, component: Component, *, started: int | None = None) -> None:
+        """Asks for one reading of a component. `started` is set when a reading goes on."""
+        asked = self._next(self._deadline_s, started=started)
+        asked.component = component
+        position = self.appraiser.ima_position if component.kind is Kind.IMA else 0
+        self._send(asked, measuring.Ask(asked.seq, component.kind, component.vm, position))
+
+    def who(self, cid: int, pid: int, told: Callable[[ProcessReading | Missing], None]) -> None:
+        """Which hypervisor process is at the other end of a channel."""
+        if not self.ready:
+            told(Missing(reason="the measurer is not connected", absent=False))
+            return
+        asked = self._next(self._deadline_s)
+        asked.who = told
+        self._send(asked, measuring.AskWho(asked.seq, cid, pid))
+
+    def survey(self, prefixes: tuple[str, ...], told: Callable[[dict[str, bytes] | None], None]) -> None:
+        """Digests of all code files under the prefixes; None if the measurer was lost meanwhile."""
+        if not self.ready:
+            told(None)
+            return
+        asked = self._next(SURVEY_DEADLINE_S)
+        asked.survey = told
+        self._send(asked, measuring.AskSurvey(asked.seq, prefixes))
+
+    def _identify(self) -> None:
+        active = sum(1 for a in self._asked.values() if a.file >= 0)
+        while self._to_identify and active < MAX_IDENTIFY:
+            asked = self._next(IDENTIFY_DEADLINE_S)
+            asked.file = self._to_identify.pop()
+            active += 1
+            self._send(asked, measuring.AskFile(asked.seq, asked.file))
+
+    # ── Answers ───────────────────────────────────────────────────────────────────────────────────
+
+    def _on_events(self, _events: int) -> None:
+        channel = self._channel
+        if channel is None:
+            return
+        try:
+            channel.flush()
+            records = channel.receive()
+        except ChannelError as error:
+            self._lose(str(error))
+            return
+        self._loop.watch(channel, self._on_events, write=channel.wants_write)
+        for record in records:
+            self._on_record(record)
+            if self._channel is not channel:
+                return
+
+    def _on_record(self, record: measuring.Response) -> None:
+        if isinstance(record, measuring.Hello):
+            if self._greeted:
+                self._lose("the measurer greeted twice")
+                return
+            self._greeted = True
+            self.appraiser = self._new_appraiser()
+            self._listener.measurer_ready()
+            return
+        asked = self._asked.get(record.seq)
+        if not self._greeted or asked is None:
+            self._lose("the measurer answered what was not asked")
+        elif isinstance(record, measuring.SurveyPart):
+            self._on_survey(asked, record)
+        else:
+            del self._asked[record.seq]
+            self._on_answer(asked, record.reading, record.cost_ns)
+
+    def _on_survey(self, asked: _Asked, part: measuring.SurveyPart) -> None:
+        if asked.survey is None:
+            self._lose("the measurer answered what was not asked")
+            return
+        asked.surveyed.update(part.files)
+        if part.done:
+            del self._asked[asked.seq]
+            asked.survey(asked.surveyed)
+
+    def _on_answer(self, asked: _Asked, reading: Reading, cost_ns: int) -> None:
+        if asked.component is not None:
+            self._on_reading(asked, asked.component, reading, cost_ns)
+        elif asked.file >= 0:
+            if isinstance(reading, FileIdentity) and reading.file == asked.file:
+                self.appraiser.learn(reading)
+            elif not isinstance(reading, Missing):
+                self._lose("the measurer answered what was not asked")
+                return
+            self._identify()
+        elif asked.who is not None:
+            if isinstance(reading, ProcessReading | Missing):
+                asked.who(reading)
+            else:
+                self._lose("the measurer answered what was not asked")
+
+    def _on_reading(self, asked: _Asked, component: Component, reading: Reading, cost_ns: int) -> None:
+        if not isinstance(reading, EXPECTED[component.kind] | Missing):
+            self._lose("the measurer answered what was not asked")
+            return
+        verdict = self.appraiser.appraise(reading, component)
+        if isinstance(reading, ImaReading) and reading.more and verdict.status is not Status.DRIFTED:
+            self.ask(component, started=asked.started)
+            return
+        if verdict.identify:
+            known = {a.file for a in self._asked.values()} | set(self._to_identify)
+            self._to_identify += [f for f in verdict.identify if f not in known]
+            self._identify()
+        self._listener.on_verdict(verdict, reading, asked.started, time.monotonic_ns(), cost_ns)

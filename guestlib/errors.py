@@ -136,6 +136,16 @@ class VerificationError(HostdError):
         self.step = step
 
 
+class InvalidSignatureError(VerificationError):
+    """A signature or MAC does not belong to the message and the key. hostd answered so; nothing failed."""
+
+    code = "invalid_signature"
+
+    def __init__(self, message: str, *, ledger: int | None = None) -> None:
+        super().__init__("signature", message)
+        self.ledger = ledger
+
+
 _WIRE_CLASSES: tuple[type[HostdError], ...] = (
     MalformedError,
     UnauthenticatedError,

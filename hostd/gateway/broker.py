@@ -48,7 +48,9 @@ class Served:
 
     __slots__ = ("bind", "caller", "connections", "idle_since", "made", "peer", "state", "waiting", "worker")
 
-    def __init__(self, bind: int, caller: Caller, worker: WorkerProcess, peer: int | None, now: float) -> None:
+    def __init__(
+        self, bind: int, caller: Caller, worker: WorkerProcess, peer: int | None, now: float
+    ) -> None:
         self.bind = bind
         self.caller = caller
         self.worker = worker
@@ -91,7 +93,7 @@ class Broker:
 
     def _vault_ready(self, events: int) -> None:
         vault = self._vault
-        assert vault is not None  # noqa: S101 (watched only while attached)
+        assert vault is not None
         try:
             if events & select.EPOLLOUT:
                 vault.flush()
@@ -162,7 +164,7 @@ class Broker:
         self._loop.watch(worker.control, lambda events: self._worker_ready(served, events))
         if peer is not None:
             self._loop.watch(_Descriptor(peer), lambda _events: self._drop(served))
-        assert self._vault is not None  # noqa: S101 (knock looked)
+        assert self._vault is not None
         try:
             with vault_end:
                 self._vault.send_with_descriptors(
@@ -272,9 +274,7 @@ class Broker:
             if served.state is State.BINDING and now - served.made > BIND_S:
                 self._say(f"caller {_describe(served.caller)}: the vault did not answer")
                 self._drop(served)
-            elif (
-                not served.connections and not served.waiting and now - served.idle_since > WORKER_IDLE_S
-            ):
+            elif not served.connections and not served.waiting and now - served.idle_since > WORKER_IDLE_S:
                 self._drop(served)
         # A caller whose worker has lived as long as the longest delay is forgiven.
         for caller, (died, delay) in list(self._deaths.items()):
@@ -306,5 +306,3 @@ class _Descriptor:
 
 def _describe(caller: Caller) -> str:
     return f"cid {caller.cid}" if caller.cid else f"pid {caller.pid} of uid {caller.uid}"
-
-

@@ -46,8 +46,8 @@ class Connection:
     """Owns the socket from the moment it is made."""
 
     __slots__ = (
-        "_closing_since", "_frame_since", "_frames", "_host", "_last", "_limits", "_loop", "_made", "_reading",
-        "_sent_at", "_sock", "_tls", "_unsent", "_watched", "alive", "session",
+        "_closing_since", "_frame_since", "_frames", "_host", "_last", "_limits", "_loop", "_made",
+        "_reading", "_sent_at", "_sock", "_tls", "_unsent", "_watched", "alive", "session",
     )  # fmt: skip
 
     def __init__(
@@ -188,10 +188,10 @@ class Connection:
             late = now - self._closing_since > CLOSING_S
         elif session.phase is Phase.NEW:
             late = now - self._made > limits.handshake_s
-        elif self._unsent and now - self._sent_at > limits.frame_s:
-            late = True
-        elif self._frame_since is not None and now - self._frame_since > limits.frame_s:
-            late = True
+        elif self._unsent:
+            late = now - self._sent_at > limits.frame_s
+        elif self._frame_since is not None:
+            late = now - self._frame_since > limits.frame_s
         else:
             late = not session.in_flight and now - self._last > limits.idle_s
         if late:

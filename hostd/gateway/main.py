@@ -17,7 +17,7 @@ from hostd.ipc.channel import Channel, peer_of
 from hostd.ipc.loop import Loop
 from hostd.ipc.serving import ToBroker
 from hostd.platform import confine
-#NOTIFY from hostd.platform.notify import notify
+from hostd.platform.notify import notify
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,7 +96,7 @@ def run(config: Config) -> None:
         for listener in sockets:
             _watch(loop, broker, listener)
         VaultLink(loop, broker, config.run / "broker.sock", config.uid_of("vault")).connect()
-        #NOTIFY notify("READY=1")
+        notify("READY=1")
         loop.run()
     finally:
         for listener in sockets:

@@ -25,7 +25,9 @@ MAX_DEADLINE_MS: Final = 600_000
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The first request on every connection."""
 
-    versions: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)], ...], msgspec.Meta(min_length=1, max_length=16)]
+    versions: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)], ...], msgspec.Meta(min_length=1, max_length=16)
+    ]
     """Every version that the guest speaks."""
     client: Annotated[str, msgspec.Meta(max_length=64)] = ""
     """For people who read logs; nothing depends on it."""
@@ -59,9 +61,7 @@ class RequestError(Exception):
 
 
 _TYPES: Final[dict[str, Any]] = {"hello": Hello, **BY_NAME}
-_FIELDS: Final = frozenset(
-    field for cls in (_Envelope, *_TYPES.values()) for field in cls.__struct_fields__
-)
+_FIELDS: Final = frozenset(field for cls in (_Envelope, *_TYPES.values()) for field in cls.__struct_fields__)
 _PATH: Final = re.compile(r" - at `\$\.([a-z_]+)[^`]*`\Z")
 _STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _JSON: Final[msgspec.json.Decoder[Any]] = msgspec.json.Decoder()

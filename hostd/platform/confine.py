@@ -31,15 +31,15 @@ _INSTRUCTION_BYTES: Final = 8
 
 _ALLOWED: Final = (
     "read", "write", "readv", "writev", "recvfrom", "sendto", "recvmsg", "sendmsg", "close", "shutdown",
-    "getsockname", "getsockopt", "epoll_wait", "epoll_pwait", "epoll_ctl", "poll", "ppoll", "select", "pselect6",
-    "munmap", "mremap", "madvise", "brk", "futex", "sched_yield", "restart_syscall", "getrandom",
+    "getsockname", "getsockopt", "epoll_wait", "epoll_pwait", "epoll_ctl", "poll", "ppoll", "select",
+    "pselect6", "munmap", "mremap", "madvise", "brk", "futex", "sched_yield", "restart_syscall", "getrandom",
     "clock_gettime", "gettimeofday", "getpid", "gettid", "fstat", "lseek",
     "rt_sigreturn", "rt_sigaction", "rt_sigprocmask", "sigaltstack", "exit", "exit_group",
 )  # fmt: skip
 _FATAL: Final = (
-    "execve", "execveat", "ptrace", "process_vm_readv", "process_vm_writev", "fork", "vfork", "clone", "clone3",
-    "bpf", "init_module", "finit_module", "kexec_load", "userfaultfd", "perf_event_open", "mount", "setns",
-    "unshare", "pidfd_getfd", "io_uring_setup",
+    "execve", "execveat", "ptrace", "process_vm_readv", "process_vm_writev", "fork", "vfork", "clone",
+    "clone3", "bpf", "init_module", "finit_module", "kexec_load", "userfaultfd", "perf_event_open", "mount",
+    "setns", "unshare", "pidfd_getfd", "io_uring_setup",
 )  # fmt: skip
 
 

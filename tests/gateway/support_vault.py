@@ -84,9 +84,7 @@ class ChannelCa:
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False
             )
-            .add_extension(
-                x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
-            )
+            .add_extension(x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
             .sign(self.key, hashes.SHA256())
         )
         return ChannelIdentity(
@@ -115,7 +113,9 @@ def echo(operation: object) -> Answer:
         case ops.GenerateRandom():
             return ops.RandomResult(b"\x5a" * operation.length)
         case ops.GenerateDataKey():
-            return ops.DataKeyResult(b"CT", operation.key, 1, b"k" * operation.length if operation.plaintext else None)
+            return ops.DataKeyResult(
+                b"CT", operation.key, 1, b"k" * operation.length if operation.plaintext else None
+            )
         case ops.CreateKey() | ops.DescribeKey() | ops.Rotate() | ops.Shred():
             return ops.KeyResult(key_info("key-1", getattr(operation, "alias", None)))
         case ops.ListKeys():
@@ -123,7 +123,9 @@ def echo(operation: object) -> Answer:
             keys = tuple(key_info(f"key-{n}") for n in range(first, min(first + operation.limit, 250)))
             return ops.KeyListResult(keys, keys[-1].id if first + operation.limit < 250 else None)
         case ops.Sign():
-            return ops.SignResult(b"S:" + operation.message[:8], operation.key, 1, operation.scheme or "ed25519")
+            return ops.SignResult(
+                b"S:" + operation.message[:8], operation.key, 1, operation.scheme or "ed25519"
+            )
         case ops.Verify():
             return ops.VerifyResult(operation.signature == b"S:" + operation.message[:8], operation.key, 1)
         case ops.Mac():
@@ -150,7 +152,9 @@ def key_info(key: str, alias: str | None = None) -> ops.KeyInfo:
 class SimulatedVault:
     """Runs in a thread of its own from `start` to `stop`."""
 
-    def __init__(self, run: Path, answer: Callable[[object], Answer] = echo, *, life_s: float = 3600.0) -> None:
+    def __init__(
+        self, run: Path, answer: Callable[[object], Answer] = echo, *, life_s: float = 3600.0
+    ) -> None:
         self.ca = ChannelCa()
         self.answer = answer
         self.life_s = life_s

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from hostd.platform import tpm_maker
 from hostd.platform.tpm_errors import TpmError, TpmUnavailableError
@@ -35,6 +35,7 @@ _STATE_FILE: Final = "tpm2-00.permall"
 _START_S: Final = 10.0
 _COMMAND_S: Final = 30.0
 _STOP_S: Final = 5.0
+_GET_TEST_RESULT: Final = bytes.fromhex("80010000000a0000017c")
 _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -148,22 +149,23 @@ def _spawn(state_dir: Path, socket_path: Path, log: Path | None) -> Swtpm:
     ]
     if log is not None:
         command += ["--log", f"file={log},level=20"]
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            preexec_fn=partial(_die_with_parent, os.getpid()),
-        )
-    except OSError as error:
-        raise TpmUnavailableError(f"swtpm: {error.strerror}") from error
-    swtpm = Swtpm(process, socket_path)
-    try:
-        _wait_for(swtpm)
-    except BaseException:
-        swtpm.kill()
-        raise
+    with tempfile.TemporaryFile() as said:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                preexec_fn=partial(_die_with_parent, os.getpid()),
+            )
+        except OSError as error:
+            raise TpmUnavailableError(f"swtpm: {error.strerror}") from error
+        swtpm = Swtpm(process, socket_path)
+        try:
+            _wait_for(swtpm, said)
+        except BaseException:
+            swtpm.kill()
+            raise
     return swtpm
 
 
@@ -190,14 +192,16 @@ def _clear_stale(path: Path) -> None:
     raise TpmUnavailableError(f"{path}: another process serves it")
 
 
-def _wait_for(swtpm: Swtpm) -> None:
+def _wait_for(swtpm: Swtpm, said: IO[bytes]) -> None:
     end = time.monotonic() + _START_S
     while time.monotonic() < end:
         if swtpm.process.poll() is not None:
-            assert swtpm.process.stderr is not None
-            said = swtpm.process.stderr.read(4096).decode(errors="replace").strip()
-            raise TpmUnavailableError(f"swtpm ended at once: {said}")
-        if swtpm.socket.exists():
+            said.seek(0)
+            reason = said.read(4096).decode(errors="replace").strip()
+            raise TpmUnavailableError(f"swtpm ended at once: {reason}")
+        # The socket is there before anybody listens on it.
+        with contextlib.suppress(TpmUnavailableError):
+            SocketLink(swtpm.socket).exchange(_GET_TEST_RESULT, end)
             return
         time.sleep(0.005)
     raise TpmUnavailableError("swtpm did not start")

@@ -25,7 +25,7 @@ from tpm2_pytss.TCTI import PyTCTI
 from tpm2_pytss.TSS2_Exception import TSS2_Exception as TSS2_Exception
 
 from hostd.platform.tpm_errors import TpmBusyError, TpmCommandError, TpmError, TpmUnavailableError
-from hostd.platform.tpm_tcti import MAX_RESPONSE_BYTES, Link
+from hostd.platform.tpm_tcti import MAX_RESPONSE_BYTES, Link, check_response
 
 T = TypeVar("T")
 Handle = Any
@@ -79,11 +79,14 @@ class _Tcti(PyTCTI):  # type: ignore[misc]
     def do_receive(self, timeout: int) -> bytes:
         del timeout  # ESAPI always says -1: for ever
         try:
-            return self._link.exchange(self._command, self._deadline())
+            response = self._link.exchange(self._command, self._deadline())
+            # ESAPI takes a short response for its buffer, in which the command still lies, and reads that.
+            check_response(response)
         except TpmError as error:
             # ESAPI turns every exception of a TCTI into one code; this one says what happened.
             self.failure = error
             raise
+        return response
 
 
 class Esys:

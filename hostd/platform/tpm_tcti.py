@@ -36,12 +36,12 @@ class Link(Protocol):
         """Whether something behind the link (the kernel) flushes what a client leaves behind."""
 
     def exchange(self, command: bytes, deadline: float) -> bytes:
-        """Sends one command and returns its response.
+        """Sends one command and returns its response (for the caller to check).
 
         `deadline` is a time of the monotonic clock, in seconds.
 
         Raises:
-            TpmUnavailableError: no TPM, connection lost, a malformed response, or deadline over.
+            TpmUnavailableError: no TPM, connection lost, or deadline over.
         """
 
     def close(self) -> None:
@@ -77,6 +77,16 @@ def _response_size(header: bytes) -> int:
     if not HEADER_BYTES <= size <= MAX_RESPONSE_BYTES:
         raise TpmUnavailableError(f"the response claims a size of {size} bytes")
     return size
+
+
+def check_response(response: bytes) -> None:
+    """Checks that a response has a header and is as long as that says.
+
+    Raises:
+        TpmUnavailableError: it is not.
+    """
+    if len(response) < HEADER_BYTES or _response_size(response) != len(response):
+        raise TpmUnavailableError(f"a malformed response of {len(response)} bytes")
 
 
 class SocketLink:
@@ -144,12 +154,9 @@ class DeviceLink:
             # Milliseconds, rounded up: a poll of 0 would spin.
             if not poll.poll(int(_left(deadline) * 1000) + 1):
                 raise TpmUnavailableError(f"{self._path}: no answer before the deadline")
-            response = os.read(self._fd, MAX_RESPONSE_BYTES)
+            return os.read(self._fd, MAX_RESPONSE_BYTES)
         except OSError as error:
             raise TpmUnavailableError(f"{self._path}: {error.strerror}") from error
-        if len(response) < HEADER_BYTES or _response_size(response) != len(response):
-            raise TpmUnavailableError(f"{self._path}: a malformed response of {len(response)} bytes")
-        return response
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1

@@ -103,10 +103,30 @@ class Segment(Struct, frozen=True):
     tag: Tag
 
 
+class AlteredPage(Struct, frozen=True):
+    """A page of code or constants that is not the page of the file that was hashed."""
+
+    address: Address
+    """Of the first differing byte, or of the page where no byte differs; 0 in a `FilesReading`."""
+    file: Annotated[int, msgspec.Meta(ge=0)] | None
+    name: Name
+    file_offset: Count
+    """Of the same byte in the file."""
+    expected: Window
+    seen: Window
+    """Up to 16 bytes from the first differing byte on; equal to `expected` if none differs."""
+    reason: Annotated[str, msgspec.Meta(max_length=16)]
+    """`private` (copied on write), `frame` (another physical page), `swapped`, or in a `FilesReading`
+    `content`: the file's own page is not what it was when the file was identified."""
+
+
 class FilesReading(Struct, frozen=True, tag="files"):
     """Every segment that any hypervisor process maps as code or constants."""
 
     segments: Annotated[tuple[Segment, ...], msgspec.Meta(max_length=MAX_SEGMENTS)]
+    altered: Annotated[tuple[AlteredPage, ...], msgspec.Meta(max_length=MAX_ALTERED)] = ()
+    """Pages that are not what they were when the measurer identified their file; to name the byte. The
+    judgement rests on the tags."""
 
 
 class FileIdentity(Struct, frozen=True, tag="file"):
@@ -134,22 +154,6 @@ class Mapping(Struct, frozen=True):
     offset: Count
     name: Name
     """`[vdso]`, a path, or empty."""
-
-
-class AlteredPage(Struct, frozen=True):
-    """A page of code or constants that is not the page of the file that was hashed."""
-
-    address: Address
-    """Of the first differing byte, or of the page where no byte differs."""
-    file: Annotated[int, msgspec.Meta(ge=0)] | None
-    name: Name
-    file_offset: Count
-    """Of the same byte in the file."""
-    expected: Window
-    seen: Window
-    """Up to 16 bytes from the first differing byte on; equal to `expected` if none differs."""
-    reason: Annotated[str, msgspec.Meta(max_length=16)]
-    """`private` (copied on write), `frame` (another physical page), `swapped`."""
 
 
 class ProcessReading(Struct, frozen=True, tag="process"):

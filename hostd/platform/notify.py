@@ -30,7 +30,7 @@ def notify(state: str) -> None:
 
 
 def watchdog_interval() -> float | None:
-    """Seconds between two `WATCHDOG`s: half of what systemd allows; None if it does not watch this process."""
+    """Seconds between two `WATCHDOG`s: half of what systemd allows; None if it does not watch us."""
     try:
         allowed = int(os.environ.get("WATCHDOG_USEC", ""))
         watched = int(os.environ.get("WATCHDOG_PID", "") or os.getpid())

@@ -1,0 +1,70 @@
+"""The measurer role: reads the host, and tells the vault what it saw.
+
+It holds no secret but the key of its own tags, decides nothing, and has no network. It needs
+CAP_SYS_PTRACE, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH (each probe's module says for what).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import TYPE_CHECKING, Final
+
+from hostd.ipc.loop import Loop
+from hostd.measurer.files import MAX_FILES
+from hostd.measurer.probes import Measurer
+from hostd.measurer.server import Server, listen
+from hostd.platform.notify import READY, STOPPING, WATCHDOG, notify, watchdog_interval
+
+if TYPE_CHECKING:
+    from hostd.config import Config
+
+SOCKET_NAME: Final = "measurer.sock"
+EPOCH_BYTES: Final = 16
+OTHER_DESCRIPTORS: Final = 4608
+"""One handle for each hypervisor process (4096), and some."""
+
+
+def run(config: Config) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: the vault's user does not exist.
+        PagesError: page frames are hidden from this process (CAP_SYS_ADMIN).
+        OSError: the socket cannot be made.
+    """
+    _raise_descriptor_limit(MAX_FILES + OTHER_DESCRIPTORS)
+    uid = config.uid_of("vault")
+    loop = Loop()
+    loop.stop_on_signals()
+    measurer = Measurer(config)
+    listener = listen(config.run / SOCKET_NAME, uid)
+    Server(loop, listener, measurer, vault_uid=uid, epoch=os.urandom(EPOCH_BYTES))
+    _keep_watchdog(loop)
+    notify(READY)
+    try:
+        loop.run()
+    finally:
+        notify(STOPPING)
+        measurer.close()
+        listener.close()
+
+
+def _keep_watchdog(loop: Loop) -> None:
+    interval = watchdog_interval()
+    if interval is None:
+        return
+
+    def beat() -> None:
+        notify(WATCHDOG)
+        loop.call_after(interval, beat)
+
+    beat()
+
+
+def _raise_descriptor_limit(wanted: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -1,0 +1,120 @@
+"""All probes behind one question: a request of the vault in, one reading out.
+
+Whatever a probe cannot read becomes `Missing`: never a guess, and never the end of the measurer
+because of what a process did while it was looked at.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from hostd.core.findings import Kind
+from hostd.core.readings import Missing
+from hostd.ipc.measuring import Ask, AskFile, AskWho
+from hostd.measurer.files import Registry, TooMuchError
+from hostd.measurer.guests import Guest, GuestsProbe
+from hostd.measurer.ima import ImaProbe
+from hostd.measurer.posture import PostureError, PostureProbe
+from hostd.measurer.process import ProcessProbe
+from hostd.measurer.tags import Tagger
+from hostd.platform.pages import OwnPages
+from hostd.platform.procfs import MalformedProcError, ProcessGoneError
+
+if TYPE_CHECKING:
+    from hostd.config import Config
+    from hostd.core.readings import FileIdentity, FilesReading, ProcessReading, Reading
+
+
+class Measurer:
+    """The measuring side. Decides nothing.
+
+    Raises:
+        PagesError: this process may not see page frames.
+    """
+
+    def __init__(self, config: Config) -> None:
+        pages = OwnPages()
+        self.registry = Registry(Tagger(), pages)
+        self.guests = GuestsProbe(config.hypervisor)
+        self.processes = ProcessProbe(self.registry, pages)
+        self._posture = PostureProbe()
+        self._ima = ImaProbe()
+        self.guests.look()
+
+    def answer(self, request: Ask | AskFile | AskWho) -> Reading:
+        """One reading. Takes about a millisecond, more for a file's first identification."""
+        try:
+            match request:
+                case Ask(kind=Kind.GUESTS):
+                    reading: Reading = self.guests.read()
+                    self._forget()
+                    return reading
+                case Ask(kind=Kind.POSTURE):
+                    return self._posture.read()
+                case Ask(kind=Kind.IMA):
+                    return self._ima.read(request.position)
+                case Ask(kind=Kind.FILES):
+                    return self._read_files()
+                case Ask(kind=Kind.PROCESS):
+                    return self._read_process(self._named(vm=request.vm))
+                case AskFile():
+                    return self._identify(request.file)
+                case AskWho():
+                    return self._who(request)
+        except (ProcessGoneError, MalformedProcError, TooMuchError, PostureError, OSError) as error:
+            return Missing(str(error)[:512], absent=False)
+        return Missing(f"{request.kind} is not read here", absent=False)
+
+    def _forget(self) -> None:
+        alive = self.guests.alive()
+        self.registry.release_ended(alive, time.monotonic())
+        self.processes.forget_ended(alive)
+
+    def _named(self, *, vm: str) -> Guest:
+        matching = [guest for guest in self.guests.guests if guest.hypervisor.vm == vm]
+        if not matching:
+            matching = [guest for guest in self.guests.look() if guest.hypervisor.vm == vm]
+        return _only(matching, f"VM {vm or '(unnamed)'}")
+
+    def _who(self, request: AskWho) -> Reading:
+        if bool(request.cid) == bool(request.pid):
+            return Missing("asked for neither or both of cid and pid", absent=False)
+        guests = self.guests.look()
+        if request.cid:
+            matching = [guest for guest in guests if guest.hypervisor.cid == request.cid]
+            return self._read_process(_only(matching, f"CID {request.cid}"))
+        matching = [guest for guest in guests if guest.hypervisor.pid == request.pid]
+        return self._read_process(_only(matching, f"pid {request.pid}"))
+
+    def _read_process(self, guest: Guest) -> ProcessReading:
+        return self.processes.read(guest.hypervisor, guest.found.handle)
+
+    def _read_files(self) -> FilesReading:
+        for guest in self.guests.guests:
+            if not self.registry.claimed(guest.found.key):
+                try:
+                    self.processes.enroll(guest.hypervisor, guest.found.handle)
+                except (ProcessGoneError, MalformedProcError, TooMuchError, OSError):
+                    # Its own reading says why; the files of the others are read all the same.
+                    continue
+        return self.registry.read_files()
+
+    def _identify(self, number: int) -> FileIdentity | Missing:
+        try:
+            return self.registry.identify(number)
+        except LookupError as error:
+            return Missing(str(error)[:512], absent=False)
+
+    def close(self) -> None:
+        self.guests.close()
+        self.registry.close()
+        self._ima.close()
+
+
+def _only(matching: list[Guest], what: str) -> Guest:
+    if len(matching) != 1:
+        raise ProcessGoneError(
+            f"{what} is no hypervisor process known here" if not matching else f"{what} is claimed twice"
+        )
+    return matching[0]

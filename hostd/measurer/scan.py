@@ -1,0 +1,142 @@
+"""Finds hypervisor processes in /proc.
+
+A hypervisor process is one that runs a configured binary: /proc/PID/exe names it, ` (deleted)` ignored,
+because an upgrade in place leaves old VMs running the old file. Every process is looked at in every scan
+(about 2 us each): one may become a hypervisor by exec without any sign that could be trusted.
+
+Needs CAP_SYS_PTRACE (exe of other users' processes).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from hostd.core.readings import MAX_HYPERVISORS
+from hostd.platform.procfs import (
+    MAX_STATUS_BYTES,
+    MalformedProcError,
+    ProcessGoneError,
+    ProcessHandle,
+    parse_uid,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+DELETED: Final = " (deleted)"
+KVM_LINK: Final = "anon_inode:kvm-vm"
+MAX_DESCRIPTORS: Final = 65536
+
+
+@dataclass(slots=True)
+class Found:
+    """A hypervisor process. `kvm` and `vsock` stay true once seen: both are set up after the start."""
+
+    handle: ProcessHandle
+    start_time: int
+    executable: str
+    uid: int
+    kvm: bool = False
+    vsock: bool = False
+    said: object = field(default=None)
+    """Its command line, parsed by who asked for it."""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.handle.pid, self.start_time
+
+
+class Scanner:
+    """Keeps handles of the hypervisor processes between scans."""
+
+    def __init__(self, binaries: Iterable[str], vsock_device: int | None) -> None:
+        self._binaries = frozenset(binaries) | {os.path.realpath(path) for path in binaries}
+        self._vsock_device = vsock_device
+        self._found: dict[int, Found] = {}
+
+    def scan(self) -> list[Found]:
+        """All hypervisor processes alive, by pid.
+
+        Raises:
+            MalformedProcError: more of them than the bound.
+        """
+        seen: set[int] = set()
+        for name in os.listdir("/proc"):
+            if not name.isdigit():
+                continue
+            try:
+                target = os.readlink(f"/proc/{name}/exe")
+            except OSError:
+                continue
+            if target.removesuffix(DELETED) in self._binaries and self._look(int(name)):
+                seen.add(int(name))
+        for pid in self._found.keys() - seen:
+            self._found.pop(pid).handle.close()
+        if len(seen) > MAX_HYPERVISORS:
+            raise MalformedProcError(f"over {MAX_HYPERVISORS} hypervisor processes")
+        return [self._found[pid] for pid in sorted(seen)]
+
+    def _look(self, pid: int) -> bool:
+        """Brings one process up to date; False if it is none (any more)."""
+        known = self._found.pop(pid, None)
+        try:
+            if known is not None and known.handle.stat().start_time != known.start_time:
+                raise ProcessGoneError("another process")
+        except ProcessGoneError:
+            assert known is not None
+            known.handle.close()
+            known = None
+        handle = None if known is None else known.handle
+        try:
+            handle = handle or ProcessHandle(pid)
+            stat = handle.stat()
+            executable = handle.link("exe")
+            if stat.ended or executable.removesuffix(DELETED) not in self._binaries:
+                raise ProcessGoneError("no hypervisor any more")
+            uid = parse_uid(handle.read("status", MAX_STATUS_BYTES))
+            if known is None:
+                known = Found(handle, stat.start_time, executable, uid)
+            known.executable, known.uid = executable, uid
+            if not (known.kvm and known.vsock):
+                self._look_at_descriptors(known)
+        except (ProcessGoneError, MalformedProcError):
+            if handle is not None:
+                handle.close()
+            return False
+        self._found[pid] = known
+        return True
+
+    def _look_at_descriptors(self, found: Found) -> None:
+        kvm, vsock = descriptors(found.handle, self._vsock_device)
+        found.kvm |= kvm
+        found.vsock |= vsock
+
+    def close(self) -> None:
+        for found in self._found.values():
+            found.handle.close()
+        self._found.clear()
+
+
+def descriptors(handle: ProcessHandle, device: int | None) -> tuple[bool, bool]:
+    """Whether the process holds a KVM virtual machine, and whether it holds character device `device`.
+
+    Raises:
+        ProcessGoneError: it has ended.
+        MalformedProcError: more open descriptors than the bound.
+    """
+    numbers = handle.list("fd")
+    if len(numbers) > MAX_DESCRIPTORS:
+        raise MalformedProcError(f"over {MAX_DESCRIPTORS} open descriptors")
+    kvm = holds = False
+    for number in numbers:
+        try:
+            link = handle.link(f"fd/{number}")
+            if link == KVM_LINK:
+                kvm = True
+            elif device is not None and link.startswith("/dev/"):
+                holds |= handle.device_of(f"fd/{number}") == device
+        except ProcessGoneError:
+            continue
+    return kvm, holds

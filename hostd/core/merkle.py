@@ -36,6 +36,10 @@ class Tree:
     def size(self) -> int:
         return len(self._levels[0])
 
+    def leaf(self, index: int) -> bytes:
+        """Hash of one leaf."""
+        return self._levels[0][index]
+
     def append(self, leaf: bytes) -> None:
         """Adds one leaf hash."""
         level = 0

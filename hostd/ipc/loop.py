@@ -84,6 +84,11 @@ class Loop:
     def call_after(self, seconds: float, call: Callable[[], None]) -> Timer:
         return self.call_at(time.monotonic() + seconds, call)
 
+    def every(self, seconds: float, call: Callable[[], None]) -> None:
+        """Calls now and again every so many seconds, for as long as the loop runs."""
+        call()
+        self.call_after(seconds, lambda: self.every(seconds, call))
+
     def stop(self) -> None:
         self._running = False
 

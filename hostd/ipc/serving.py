@@ -22,6 +22,9 @@ import msgspec
 from hostd.core.readings import Count, Name, Struct
 from hostd.ipc.operations import Operation
 
+MAX_CALL_BYTES = 256 << 10
+"""A worker's record: the largest operation is under 70 KiB; a frame's size, for good."""
+MAX_BIND_BYTES = 4 << 10
 Seq = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 

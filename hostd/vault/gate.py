@@ -28,7 +28,6 @@ from guestlib.errors import (
     UnavailableError,
 )
 from hostd.core.findings import (
-    BOOT,
     FILES,
     GUESTS,
     IMA,
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from hostd.core.callers import Caller
     from hostd.core.readings import Hypervisor
 
+MAX_OBSERVERS_PER_CALLER = 16
 HOST_COMPONENTS = frozenset({GUESTS, POSTURE, IMA, FILES})
 
 
@@ -108,6 +108,7 @@ class Gate:
         self._queues: dict[Caller, _Queue] = {}
         self._turn: deque[Caller] = deque()
         self._hypervisors: dict[str, Hypervisor] = {}
+        self._observers: list[Waiting] = []
         self._passes = 0
         self._readings = 0
         self.shut: str | None = "starting"
@@ -222,10 +223,15 @@ class Gate:
         )
 
     def drop(self, caller: Caller) -> None:
-        """Forgets the requests of a caller that is gone."""
+        """Forgets the queued requests of a caller."""
         self._queues.pop(caller, None)
         if caller in self._turn:
             self._turn.remove(caller)
+
+    def leave(self, caller: Caller) -> None:
+        """The caller's channel is gone: its requests and observers too."""
+        self.drop(caller)
+        self._observers = [o for o in self._observers if o.caller != caller]
 
     def _forget_empty(self) -> None:
         for caller in [c for c, q in self._queues.items() if not q.requests]:
@@ -246,23 +252,46 @@ class Gate:
         self._forget_empty()
         return refused
 
+    # ── Observers: evidence and health ────────────────────────────────────────────────────────────
+
+    def observe(self, observer: Waiting) -> None:
+        """Queues somebody who wants to see fresh readings, good or bad, and uses no key.
+
+        Raises:
+            OverloadedError: the caller has too many.
+        """
+        if sum(o.caller == observer.caller for o in self._observers) >= MAX_OBSERVERS_PER_CALLER:
+            raise OverloadedError("too many requests for evidence are waiting")
+        self._observers.append(observer)
+
+    def observed(self, now: int) -> list[Waiting]:
+        """Those whose readings are all there, or whose time is over: they are told how it stands."""
+        ready = [
+            o
+            for o in self._observers
+            if o.deadline <= now or all(self._seen(o, c) for c in self.needs(o.caller))
+        ]
+        if ready:
+            self._observers = [o for o in self._observers if o not in ready]
+        return ready
+
+    def _seen(self, observer: Waiting, component: Component) -> bool:
+        stamp = self._stamps.get(component)
+        return stamp is not None and stamp.started >= observer.arrived and stamp.status is not Status.PENDING
+
     # ── Readings ──────────────────────────────────────────────────────────────────────────────────
 
     def wanted(self, busy: frozenset[Component]) -> Component | None:
         """The component to read next: of those that some request waits for, the one not asked for
         the longest. `busy` are being read. None: nobody waits for a reading."""
-        best: Component | None = None
+        wanted: set[Component] = set()
         for queue in self._queues.values():
-            if not queue.requests or self.latched_for(queue.caller) is not None:
-                continue
-            newest = queue.requests[-1]
-            for component in self.needs(queue.caller):
-                if component in busy or self._holds(newest, component):
-                    continue
-                key = (self._asked.get(component, -1), component)
-                if best is None or key < (self._asked.get(best, -1), best):
-                    best = component
-        return best
+            if queue.requests and self.latched_for(queue.caller) is None:
+                newest = queue.requests[-1]
+                wanted |= {c for c in self.needs(queue.caller) if not self._holds(newest, c)}
+        for observer in self._observers:
+            wanted |= {c for c in self.needs(observer.caller) if not self._seen(observer, c)}
+        return min(wanted - busy, key=lambda c: (self._asked.get(c, -1), c), default=None)
 
     def stale(self, before: int, busy: frozenset[Component]) -> Component | None:
         """A component, any VM's included, not asked for since `before`: the sweep's next."""
@@ -337,6 +366,3 @@ class Gate:
     def host_drifted(self) -> bool:
         """Whether a drift closes the gate for all: keys must leave memory."""
         return any(c.kind is not Kind.PROCESS or self._host_scope for c in self._latched)
-
-
-__all__ = ["BOOT", "HOST_COMPONENTS", "Gate", "Pass", "Refused", "Stamp", "Waiting"]

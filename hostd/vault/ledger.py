@@ -169,5 +169,14 @@ class Ledger:
         except (OSError, ValueError) as error:
             raise LedgerError(f"{self.path}: {error}") from error
 
+    def lines(self) -> Iterator[bytes]:
+        """All durable lines as they are on the disk now, without their newlines."""
+        try:
+            with self.path.open("rb") as file:
+                for line in file:
+                    yield line.removesuffix(b"\n")
+        except OSError as error:
+            raise LedgerError(f"{self.path}: {error.strerror}") from error
+
     def close(self) -> None:
         os.close(self._fd)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from hostd.ipc.loop import Loop
 
 MAX_READINGS: Final = 2
+MAX_LOG_BYTES: Final = 64 << 20
+"""About 450,000 entries; over it the log is no longer held and IMA is not good."""
 MAX_IDENTIFY: Final = 4
 """Files identified at once; a first look at a QEMU has some fifty of them."""
 IDENTIFY_DEADLINE_S: Final = 60.0
@@ -70,7 +72,7 @@ class _Asked:
     deadline: float
     component: Component | None = None
     file: int = -1
-    who: Callable[[ProcessReading | Missing], None] | None = None
+    raw: Callable[[Reading], None] | None = None
     survey: Callable[[dict[str, bytes] | None], None] | None = None
     surveyed: dict[str, bytes] = field(default_factory=dict)
 
@@ -98,6 +100,8 @@ class Measuring:
         self._channel: Channel[measuring.Response] | None = None
         self._greeted = False
         self.appraiser = new_appraiser()
+        self.ima_log = bytearray()
+        """The log as far as it was read since the measurer's last greeting; verifiers ask for it."""
         self._connector = Connector(
             loop, path, uid=uid, record_type=measuring.Response, connected=self._on_connected
         )
@@ -126,8 +130,8 @@ class Measuring:
         self._to_identify.clear()
         self._listener.measurer_lost(reason)
         for asked in lost.values():
-            if asked.who is not None:
-                asked.who(Missing(reason="the measurer was lost", absent=False))
+            if asked.raw is not None:
+                asked.raw(Missing(reason="the measurer was lost", absent=False))
             if asked.survey is not None:
                 asked.survey(None)
         self._connector.start()
@@ -184,14 +188,28 @@ class Measuring:
         position = self.appraiser.ima_position if component.kind is Kind.IMA else 0
         self._send(asked, measuring.Ask(asked.seq, component.kind, component.vm, position))
 
-    def who(self, cid: int, pid: int, told: Callable[[ProcessReading | Missing], None]) -> None:
+    def who(self, cid: int, pid: int, told: Callable[[Reading], None]) -> None:
         """Which hypervisor process is at the other end of a channel."""
+        self._raw(lambda seq: measuring.AskWho(seq, cid, pid), self._deadline_s, told)
+
+    def read(self, component: Component, position: int, told: Callable[[Reading], None]) -> None:
+        """A reading for a baseline: nobody appraises it, no stamp moves."""
+        kind, vm = component.kind, component.vm
+        self._raw(lambda seq: measuring.Ask(seq, kind, vm, position), self._deadline_s, told)
+
+    def identify(self, file: int, told: Callable[[Reading], None]) -> None:
+        """Identity of one file, for a baseline."""
+        self._raw(lambda seq: measuring.AskFile(seq, file), IDENTIFY_DEADLINE_S, told)
+
+    def _raw(
+        self, request: Callable[[int], measuring.Request], deadline_s: float, told: Callable[[Reading], None]
+    ) -> None:
         if not self.ready:
             told(Missing(reason="the measurer is not connected", absent=False))
             return
-        asked = self._next(self._deadline_s)
-        asked.who = told
-        self._send(asked, measuring.AskWho(asked.seq, cid, pid))
+        asked = self._next(deadline_s)
+        asked.raw = told
+        self._send(asked, request(asked.seq))
 
     def survey(self, prefixes: tuple[str, ...], told: Callable[[dict[str, bytes] | None], None]) -> None:
         """Digests of all code files under the prefixes; None if the measurer was lost meanwhile."""
@@ -235,6 +253,7 @@ class Measuring:
                 return
             self._greeted = True
             self.appraiser = self._new_appraiser()
+            self.ima_log.clear()
             self._listener.measurer_ready()
             return
         asked = self._asked.get(record.seq)
@@ -258,24 +277,26 @@ class Measuring:
     def _on_answer(self, asked: _Asked, reading: Reading, cost_ns: int) -> None:
         if asked.component is not None:
             self._on_reading(asked, asked.component, reading, cost_ns)
-        elif asked.file >= 0:
-            if isinstance(reading, FileIdentity) and reading.file == asked.file:
-                self.appraiser.learn(reading)
-            elif not isinstance(reading, Missing):
-                self._lose("the measurer answered what was not asked")
-                return
+        elif asked.raw is not None:
+            asked.raw(reading)
+        elif isinstance(reading, FileIdentity) and reading.file == asked.file:
+            self.appraiser.learn(reading)
             self._identify()
-        elif asked.who is not None:
-            if isinstance(reading, ProcessReading | Missing):
-                asked.who(reading)
-            else:
-                self._lose("the measurer answered what was not asked")
+        elif isinstance(reading, Missing):
+            self._identify()
+        else:
+            self._lose("the measurer answered what was not asked")
 
     def _on_reading(self, asked: _Asked, component: Component, reading: Reading, cost_ns: int) -> None:
         if not isinstance(reading, EXPECTED[component.kind] | Missing):
             self._lose("the measurer answered what was not asked")
             return
         verdict = self.appraiser.appraise(reading, component)
+        if isinstance(reading, ImaReading) and reading.offset == len(self.ima_log):
+            self.ima_log += reading.data
+            if len(self.ima_log) > MAX_LOG_BYTES:
+                self._lose(f"the IMA log is over {MAX_LOG_BYTES} bytes")
+                return
         if isinstance(reading, ImaReading) and reading.more and verdict.status is not Status.DRIFTED:
             self.ask(component, started=asked.started)
             return

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from guestlib.errors import OverloadedError
 from hostd.core.keys import Algorithm
+from hostd.platform import program
 from hostd.vault import primitives
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Mint:
         if not self._running or self._child is not None or len(self._ready) >= STOCK:
             return
         self._child = subprocess.Popen(
-            [sys.executable, "-I", "-m", "hostd", "mint"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+            program.command("mint"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
         )
         assert self._child.stdout is not None
         self._received = b""

@@ -50,10 +50,12 @@ MAX_KEYS: Final = 10_000
 class Done:
     """What an operation gave, and what the ledger says of it."""
 
-    result: ops.Result
+    result: msgspec.Struct
+    """What the caller gets."""
     tenant: str
     key: str = ""
     version: int = 0
+    detail: str = ""
 
 
 class Service:

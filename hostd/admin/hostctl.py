@@ -1,0 +1,416 @@
+"""hostctl: the officers' command line.
+
+Every command is one request on the operators' socket; the vault decides. `--json` prints the answer
+as it came. Exit codes by blame, as guestlib's: 2 usage, 3 the caller, 4 the host, 5 the connection.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from guestlib.errors import CallerError, HostdError, RefusedDriftError, TransportError, UnavailableError
+from hostd.admin.link import Link, plain
+from hostd.config import DEFAULT_PATH, Config, ConfigError, load_config
+from hostd.ipc import operating as adm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+T = TypeVar("T")
+LONG_S = 900.0
+"""A survey of a whole system on a slow machine."""
+
+_HINTS: tuple[tuple[type[HostdError], str], ...] = (
+    (RefusedDriftError, "`hostctl drift list` names what drifted"),
+    (UnavailableError, "`hostctl status` says why the gate is closed"),
+    (TransportError, "check `systemctl status hostd-vault`, or that `hostd run` is up"),
+)
+
+
+class _Context:
+    def __init__(self, config: Config, as_json: bool) -> None:
+        self.config = config
+        self.as_json = as_json
+        self.out = Console(soft_wrap=True)
+
+    def ask(
+        self, command: adm.GatedCommand | adm.UngatedCommand, result: type[T], timeout_s: float = 30.0
+    ) -> T:
+        link = Link(self.config, timeout_s=timeout_s)
+        try:
+            return link.ask(command, result)
+        finally:
+            link.close()
+
+    def show(self, value: Any, render: Callable[[], None]) -> None:
+        if self.as_json:
+            click.echo(json.dumps(plain(value), indent=2, default=_jsonable))
+        else:
+            render()
+
+    def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+        table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*(str(cell) for cell in row))
+        self.out.print(table)
+
+
+def _jsonable(value: object) -> object:
+    return bytes(value).hex() if isinstance(value, bytes | memoryview) else str(value)
+
+
+def _time(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _status(line: adm.ComponentLine | adm.VmInfo) -> str:
+    return f"DRIFTED ({line.status})" if line.drifted else line.status
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", type=click.Path(path_type=Path), default=DEFAULT_PATH, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+@click.pass_context
+def cli(context: click.Context, config: Path, as_json: bool) -> None:
+    """Operate hostd on this host."""
+    context.obj = _Context(load_config(config), as_json)
+
+
+@cli.command()
+@click.pass_obj
+def status(context: _Context) -> None:
+    """The gate, the measurements, keys and ledger on one screen."""
+    report = context.ask(adm.Status(), adm.StatusReport)
+
+    def render() -> None:
+        out = context.out
+        colour = "green" if report.gate == "open" else "red"
+        out.print(f"gate       [{colour}]{report.gate}[/]  {report.reason}", highlight=False)
+        locked = "unlocked" if report.keys_unlocked else "locked"
+        out.print(f"keys       {locked}; by state: {report.keys or 'none'}")
+        out.print(f"reference  {report.reference[:16] or 'none in force'}")
+        out.print(f"tpm        {report.tpm}")
+        out.print(f"ledger     {report.ledger_size} entries, root {report.ledger_root[:16]}")
+        out.print(f"passes     {report.passes}; waiting {report.waiting}; callers {report.channels}\n")
+        context.table(
+            "",
+            ("COMPONENT", "STATUS", "AGE ms", "TOOK ms"),
+            (
+                (
+                    c.component,
+                    f"{c.status}{' (latched)' if c.drifted else ''}",
+                    f"{c.age_ms:.0f}",
+                    f"{c.cost_ms:.1f}",
+                )
+                for c in report.components
+            ),
+        )
+
+    context.show(report, render)
+
+
+@cli.group()
+def tenant() -> None:
+    """Owners of keys."""
+
+
+@tenant.command("create")
+@click.argument("name")
+@click.pass_obj
+def tenant_create(context: _Context, name: str) -> None:
+    """Make a tenant."""
+    context.ask(_made(adm.CreateTenant, name=name), adm.Nothing)
+    click.echo(f"tenant {name} created")
+
+
+@tenant.command("list")
+@click.pass_obj
+def tenant_list(context: _Context) -> None:
+    """Tenants, how many keys they have, and who belongs to them."""
+    found = context.ask(adm.ListTenants(), adm.Tenants)
+
+    def render() -> None:
+        members: dict[str, list[str]] = {}
+        for principal, name in found.bindings:
+            members.setdefault(name, []).append(principal)
+        context.table(
+            "",
+            ("TENANT", "KEYS", "MEMBERS"),
+            ((name, count, ", ".join(members.get(name, []))) for name, count in found.tenants),
+        )
+
+    context.show(found, render)
+
+
+@tenant.command("add-user")
+@click.argument("name")
+@click.argument("uid", type=int)
+@click.pass_obj
+def tenant_add_user(context: _Context, name: str, uid: int) -> None:
+    """Let a host-local user (by uid, over the unix socket) act for a tenant."""
+    context.ask(_made(adm.BindUser, uid=uid, tenant=name), adm.Nothing)
+    click.echo(f"uid {uid} acts for tenant {name}")
+
+
+@tenant.command("remove-user")
+@click.argument("uid", type=int)
+@click.pass_obj
+def tenant_remove_user(context: _Context, uid: int) -> None:
+    """Take a host-local user's tenant away."""
+    context.ask(_made(adm.UnbindUser, uid=uid), adm.Nothing)
+    click.echo(f"uid {uid} acts for no tenant")
+
+
+@cli.group()
+def vm() -> None:
+    """Virtual machines."""
+
+
+@vm.command("list")
+@click.pass_obj
+def vm_list(context: _Context) -> None:
+    """Hypervisor processes that are measured, and whose they are."""
+    found = context.ask(adm.ListVms(), adm.Vms)
+    context.show(
+        found,
+        lambda: context.table(
+            "",
+            ("NAME", "UUID", "PID", "CID", "ACCEL", "TENANT", "STATUS"),
+            (
+                (
+                    v.name,
+                    v.vm,
+                    v.pid,
+                    v.cid or "-",
+                    v.accel,
+                    v.tenant or "-",
+                    "DRIFTED" if v.drifted else v.status,
+                )
+                for v in found.vms
+            ),
+        ),
+    )
+
+
+@vm.command("bind")
+@click.argument("uuid")
+@click.argument("tenant_name", metavar="TENANT")
+@click.pass_obj
+def vm_bind(context: _Context, uuid: str, tenant_name: str) -> None:
+    """Let a VM act for a tenant."""
+    context.ask(_made(adm.BindVm, vm=uuid.lower(), tenant=tenant_name), adm.Nothing)
+    click.echo(f"VM {uuid.lower()} acts for tenant {tenant_name}")
+
+
+@vm.command("unbind")
+@click.argument("uuid")
+@click.pass_obj
+def vm_unbind(context: _Context, uuid: str) -> None:
+    """Take a VM's tenant away."""
+    context.ask(_made(adm.UnbindVm, vm=uuid.lower()), adm.Nothing)
+    click.echo(f"VM {uuid.lower()} acts for no tenant")
+
+
+@cli.group()
+def key() -> None:
+    """Keys (what they are, never what they hold)."""
+
+
+@key.command("list")
+@click.argument("tenant_name", metavar="TENANT")
+@click.pass_obj
+def key_list(context: _Context, tenant_name: str) -> None:
+    """Keys of a tenant."""
+    found = context.ask(_made(adm.ListKeys, tenant=tenant_name), adm.Keys)
+    context.show(
+        found,
+        lambda: context.table(
+            "",
+            ("KEY", "ALIAS", "ALGORITHM", "STATE", "VERSIONS"),
+            ((k.id, k.alias or "-", k.algorithm, k.state, k.versions) for k in found.keys),
+        ),
+    )
+
+
+@cli.group()
+def baseline() -> None:
+    """Reference values: what good looks like."""
+
+
+@baseline.command("capture")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.pass_obj
+def baseline_capture(context: _Context, output: Path) -> None:
+    """Read this host as it is into a file for review. Nothing comes into force."""
+    click.echo("reading files, processes and the kernel; this takes a while …", err=True)
+    found = context.ask(adm.CaptureBaseline(), adm.Document, LONG_S)
+    output.write_bytes(found.document)
+    context.show(
+        {"digest": found.digest, "file": str(output)},
+        lambda: click.echo(
+            f"wrote {output}\nreview it, then: hostctl baseline install {output}\ndigest {found.digest}"
+        ),
+    )
+
+
+@baseline.command("install")
+@click.argument("file", type=click.Path(path_type=Path, exists=True))
+@click.pass_obj
+def baseline_install(context: _Context, file: Path) -> None:
+    """Put reviewed reference values into force."""
+    found = context.ask(_made(adm.InstallBaseline, document=file.read_bytes()), adm.Document)
+    context.show(found, lambda: click.echo(f"in force: {found.digest}"))
+
+
+@baseline.command("show")
+@click.pass_obj
+def baseline_show(context: _Context) -> None:
+    """The reference values in force."""
+    click.echo(context.ask(adm.ShowBaseline(), adm.Document).document)
+
+
+@cli.group()
+def drift() -> None:
+    """What is not as it should be."""
+
+
+@drift.command("list")
+@click.pass_obj
+def drift_list(context: _Context) -> None:
+    """Every finding that no officer has cleared: what, where, expected, seen."""
+    found = context.ask(adm.ListDrift(), adm.Drift)
+
+    def render() -> None:
+        if not found.drift:
+            context.out.print("no drift")
+        for line in found.drift:
+            context.out.print(
+                f"[red]{line.component}[/]  since {_time(line.since)}  ledger entry {line.ledger}",
+                highlight=False,
+            )
+            for _component, code, severity, subject, expected, seen, *where in line.findings:
+                context.out.print(f"  {code} ({severity})", highlight=False)
+                context.out.print(f"    what      {subject}", highlight=False, markup=False)
+                if where and where[0]:
+                    context.out.print(f"    where     {where[0]}", highlight=False, markup=False)
+                context.out.print(f"    expected  {expected}", highlight=False, markup=False)
+                context.out.print(f"    seen      {seen}", highlight=False, markup=False)
+
+    context.show(found, render)
+
+
+@drift.command("clear")
+@click.argument("component")
+@click.option("--reason", required=True, help="Goes into the ledger.")
+@click.pass_obj
+def drift_clear(context: _Context, component: str, reason: str) -> None:
+    """Vouch for a component again; fresh good readings are still needed before anything is answered."""
+    context.ask(_made(adm.ClearDrift, component=component, reason=reason), adm.Nothing)
+    click.echo(f"{component} cleared")
+
+
+@cli.group()
+def ledger() -> None:
+    """The record of every use and every refusal."""
+
+
+@ledger.command("list")
+@click.option("-n", "--count", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--start", type=click.IntRange(0), help="First entry; default: the last ones.")
+@click.pass_obj
+def ledger_list(context: _Context, count: int, start: int | None) -> None:
+    """Entries of the ledger."""
+    command = adm.ListLedger(start or 0, count, "last" if start is None else "from")
+    found = context.ask(command, adm.LedgerLines)
+    entries = [msgspec.msgpack.decode(raw) for raw in found.entries]
+
+    def render() -> None:
+        context.table(
+            "",
+            ("SEQ", "TIME", "PASS", "EVENT", "OUTCOME", "WHO", "KEY", "DETAIL"),
+            (
+                (
+                    e["seq"],
+                    _time(e["time"]),
+                    e.get("passed", "") or "",
+                    e.get("op") or e["event"],
+                    e["outcome"] + (f" ({e['code']})" if e.get("code") else ""),
+                    e.get("principal", ""),
+                    e.get("key", ""),
+                    e.get("detail", "").replace("[", "\\["),
+                )
+                for e in entries
+            ),
+        )
+
+    context.show({"entries": entries, "size": found.size, "root": found.root}, render)
+
+
+@ledger.command("verify")
+@click.pass_obj
+def ledger_verify(context: _Context) -> None:
+    """Recompute the tree from the file and compare it with the head in force."""
+    found = context.ask(adm.VerifyLedger(), adm.LedgerVerified, 120.0)
+    context.show(
+        found,
+        lambda: click.echo(found.problem or f"{found.entries} entries agree with the head {found.root}"),
+    )
+    if found.problem:
+        sys.exit(4)
+
+
+@cli.group()
+def trust() -> None:
+    """What guests need to trust this host."""
+
+
+@trust.command("bundle")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: standard output.")
+@click.pass_obj
+def trust_bundle(context: _Context, output: Path | None) -> None:
+    """A trust bundle that pins this host's TPM, PCRs, channel CA and reference values."""
+    document = context.ask(adm.TrustBundle(), adm.Document).document
+    if output is None:
+        click.echo(document)
+    else:
+        output.write_bytes(document)
+        click.echo(f"wrote {output}")
+
+
+def _made(command: type[T], **fields: object) -> T:
+    """A command with its limits checked here, so that the mistake is shown where it was made."""
+    made = command(**fields)
+    try:
+        return msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=command)
+    except msgspec.ValidationError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def main() -> None:
+    """Console entry."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
+    except (HostdError, ConfigError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        hint = next((text for cls, text in _HINTS if isinstance(error, cls)), None)
+        if hint:
+            click.echo(f"hint: {hint}", err=True)
+        sys.exit(3 if isinstance(error, CallerError) else 5 if isinstance(error, TransportError) else 4)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""`hostd setup`: makes what a host needs once, and nothing twice.
+
+State directory, embedded TPM (if configured), TPM objects, the root key sealed to the PCRs as they are
+now, the store. Each step says what it did; running it again changes nothing. A half-made state that
+would lose keys (a store without its sealed root key) is refused, never repaired by making new.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from hostd.config import Config, load_config
+from hostd.platform import swtpm
+from hostd.platform.secretmem import SecretBuffer
+from hostd.platform.tpm import open_tpm
+from hostd.platform.tpm_files import encode_blob, encode_record, parse_record, read_file, write_file
+from hostd.platform.tpm_provision import provision
+from hostd.platform.tpm_tcti import Link, open_link
+from hostd.vault.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+ROOT_BYTES: Final = 32
+
+_DEVELOPMENT: Final = """\
+# hostd on one machine for development: embedded TPM, QEMU processes found in /proc.
+# What such a machine lacks (IMA, a hardware TPM) is left out of `measure.require` in writing, and
+# evidence says `absent`.
+
+[host]
+state_dir = "{state_dir}"
+run_dir = "{run_dir}"
+
+[tpm]
+device = "swtpm"
+
+[hypervisor]
+provider = "proc"
+allow_jit = true
+
+[measure]
+require = ["posture", "files"]
+
+[gateway]
+vsock_port = 0
+
+[metrics]
+port = 0
+"""
+
+
+class SetupError(Exception):
+    """The host cannot be set up as it is; the text says what stands in the way."""
+
+
+def run(config_path: Path, *, write_config: bool, state_dir: str | None, run_dir: str | None) -> None:
+    """Sets the host up.
+
+    Raises:
+        SetupError, ConfigError, TpmError, StoreError, OSError.
+    """
+    if write_config:
+        _write_config(config_path, state_dir, run_dir)
+    config = load_config(config_path)
+    uid = config.uid_of("vault")
+    _make_folder(config.state, 0o700, uid)
+    _make_folder(config.run, 0o755, None)
+    store = config.state / "store.sqlite"
+    root = config.state / "root.json"
+    if store.exists() and not root.exists():
+        raise SetupError(
+            f"{root} is missing while {store} exists: a new root key would leave every stored key "
+            "unreadable; bring the file back"
+        )
+    with _tpm_link(config) as connect:
+        _provision(config, connect)
+        _seal_root(config, connect)
+    if store.exists():
+        _say("store", f"{store} is there")
+    else:
+        Store(store, create=True).close()
+        _say("store", f"made {store}")
+    for path in sorted(config.state.rglob("*")):
+        os.chown(path, uid, -1)
+    _say("done", f"start the roles with `hostd --config {config_path} run`, or the systemd units")
+
+
+def _say(step: str, text: str) -> None:
+    print(f"{step:>10}  {text}")
+
+
+def _write_config(path: Path, state_dir: str | None, run_dir: str | None) -> None:
+    if path.exists():
+        _say("config", f"{path} is there")
+        return
+    if state_dir is None or run_dir is None:
+        raise SetupError("--write-config needs --state-dir and --run-dir")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_DEVELOPMENT.format(state_dir=state_dir, run_dir=run_dir))
+    _say("config", f"wrote {path}")
+
+
+def _make_folder(path: Path, mode: int, uid: int | None) -> None:
+    if not path.is_dir():
+        path.mkdir(parents=True, mode=mode)
+        _say("folder", f"made {path}")
+    path.chmod(mode)
+    if uid is not None:
+        os.chown(path, uid, -1)
+
+
+@contextmanager
+def _tpm_link(config: Config) -> Iterator[Callable[[], Link]]:
+    if config.tpm.device != "swtpm":
+        device = config.tpm.device
+        yield lambda: open_link(device)
+        return
+    state, socket = config.state / "swtpm", config.run / "setup-swtpm.sock"
+    if swtpm.is_manufactured(state):
+        _say("tpm", f"embedded TPM in {state} is there")
+    else:
+        swtpm.manufacture(state, now=datetime.now(UTC))
+        _say("tpm", f"made an embedded TPM in {state}")
+    running = swtpm.start(state, socket)
+    try:
+        yield lambda: open_link("swtpm", socket)
+    finally:
+        running.stop()
+
+
+def _provision(config: Config, connect: Callable[[], Link]) -> None:
+    path = config.state / "tpm.json"
+    if path.exists():
+        open_tpm(connect, parse_record(read_file(path)), command_s=config.tpm.deadline_s).close()
+        _say("tpm", f"{path} names this TPM")
+        return
+    record = provision(connect, command_s=config.tpm.deadline_s)
+    write_file(path, encode_record(record))
+    certificate = "with" if record.ek_certificate else "WITHOUT"
+    _say("tpm", f"made attestation and storage keys, {certificate} an EK certificate: {path}")
+
+
+def _seal_root(config: Config, connect: Callable[[], Link]) -> None:
+    path = config.state / "root.json"
+    if path.exists():
+        _say("root key", f"{path} is there")
+        return
+    record = parse_record(read_file(config.state / "tpm.json"))
+    tpm = open_tpm(connect, record, command_s=config.tpm.deadline_s)
+    try:
+        values = tpm.read_pcrs(config.tpm.pcrs)
+        # Neither source alone decides the key.
+        mixed = bytearray(a ^ b for a, b in zip(tpm.random(ROOT_BYTES), os.urandom(ROOT_BYTES), strict=True))
+        root = SecretBuffer.taking(mixed)
+        try:
+            with root.view() as view:
+                blob = tpm.seal(bytearray(view), values)
+        finally:
+            root.wipe()
+    finally:
+        tpm.close()
+    write_file(path, encode_blob(blob))
+    _say("root key", f"made and sealed to PCRs {', '.join(map(str, sorted(values)))}: {path}")

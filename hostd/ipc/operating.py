@@ -1,0 +1,213 @@
+"""Operators ↔ vault: hostctl's commands on the operators' socket.
+
+Answered by `serving.Reply` (a MessagePack map) or `serving.Fault`, in any order by `seq`. Commands
+that change who may do what go through the gate like a guest's request; those that say what is wrong,
+and those that mend it, work while the gate is closed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from hostd.core.readings import Count, Struct
+from hostd.ipc.serving import Seq
+
+TenantName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")]
+Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
+Reason = Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
+MAX_DOCUMENT_BYTES = 3 << 20
+
+
+class CreateTenant(Struct, frozen=True, tag="create-tenant"):
+    name: TenantName
+
+
+class BindVm(Struct, frozen=True, tag="bind-vm"):
+    vm: Uuid
+    tenant: TenantName
+
+
+class UnbindVm(Struct, frozen=True, tag="unbind-vm"):
+    vm: Uuid
+
+
+class BindUser(Struct, frozen=True, tag="bind-user"):
+    uid: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 2)]
+    tenant: TenantName
+
+
+class UnbindUser(Struct, frozen=True, tag="unbind-user"):
+    uid: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 2)]
+
+
+GatedCommand = CreateTenant | BindVm | UnbindVm | BindUser | UnbindUser
+
+
+class ListTenants(Struct, frozen=True, tag="list-tenants"):
+    pass
+
+
+class ListVms(Struct, frozen=True, tag="list-vms"):
+    pass
+
+
+class ListKeys(Struct, frozen=True, tag="list-keys"):
+    tenant: TenantName
+
+
+class Status(Struct, frozen=True, tag="status"):
+    pass
+
+
+class CaptureBaseline(Struct, frozen=True, tag="capture-baseline"):
+    """Reads the host as it is and proposes reference values; installs nothing."""
+
+
+class InstallBaseline(Struct, frozen=True, tag="install-baseline"):
+    """Reviewed reference values come into force. Recorded with their digest."""
+
+    document: Annotated[bytes, msgspec.Meta(max_length=MAX_DOCUMENT_BYTES)]
+
+
+class ShowBaseline(Struct, frozen=True, tag="show-baseline"):
+    pass
+
+
+class ListDrift(Struct, frozen=True, tag="list-drift"):
+    pass
+
+
+class ClearDrift(Struct, frozen=True, tag="clear-drift"):
+    component: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    reason: Reason
+
+
+class ListLedger(Struct, frozen=True, tag="list-ledger"):
+    start: Count
+    count: Annotated[int, msgspec.Meta(ge=1, le=1000)]
+    order: Literal["from", "last"] = "from"
+
+
+class VerifyLedger(Struct, frozen=True, tag="verify-ledger"):
+    """Recomputes the tree from the file and compares it with the head in force."""
+
+
+class TrustBundle(Struct, frozen=True, tag="trust-bundle"):
+    """What a guest needs to trust this host: pinned AK, PCRs, channel CA, reference digest."""
+
+
+UngatedCommand = (
+    ListTenants
+    | ListVms
+    | ListKeys
+    | Status
+    | CaptureBaseline
+    | InstallBaseline
+    | ShowBaseline
+    | ListDrift
+    | ClearDrift
+    | ListLedger
+    | VerifyLedger
+    | TrustBundle
+)
+
+
+class Command(Struct, frozen=True, tag="command"):
+    seq: Seq
+    command: GatedCommand | UngatedCommand
+
+
+# ── Results ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class Nothing(msgspec.Struct, frozen=True):
+    pass
+
+
+class Tenants(msgspec.Struct, frozen=True):
+    tenants: tuple[tuple[str, int], ...]
+    """(name, number of keys)."""
+    bindings: tuple[tuple[str, str], ...]
+    """(principal, tenant)."""
+
+
+class VmInfo(msgspec.Struct, frozen=True):
+    vm: str
+    name: str
+    pid: int
+    cid: int
+    accel: str
+    tenant: str
+    status: str
+    drifted: bool
+
+
+class Vms(msgspec.Struct, frozen=True):
+    vms: tuple[VmInfo, ...]
+
+
+class KeyLine(msgspec.Struct, frozen=True):
+    id: str
+    alias: str
+    algorithm: str
+    state: str
+    versions: int
+
+
+class Keys(msgspec.Struct, frozen=True):
+    keys: tuple[KeyLine, ...]
+
+
+class ComponentLine(msgspec.Struct, frozen=True):
+    component: str
+    status: str
+    age_ms: float
+    cost_ms: float
+    drifted: bool
+
+
+class StatusReport(msgspec.Struct, frozen=True):
+    gate: str
+    reason: str
+    passes: int
+    reference: str
+    components: tuple[ComponentLine, ...]
+    keys_unlocked: bool
+    tpm: str
+    ledger_size: int
+    ledger_root: str
+    keys: dict[str, int]
+    waiting: int
+    channels: int
+
+
+class Document(msgspec.Struct, frozen=True):
+    document: bytes
+    digest: str
+
+
+class DriftLine(msgspec.Struct, frozen=True):
+    component: str
+    since: int
+    ledger: int
+    findings: tuple[tuple[str, ...], ...]
+    """Each: component, code, severity, subject, expected, seen, where."""
+
+
+class Drift(msgspec.Struct, frozen=True):
+    drift: tuple[DriftLine, ...]
+
+
+class LedgerLines(msgspec.Struct, frozen=True):
+    entries: tuple[msgspec.Raw, ...]
+    size: int
+    root: str
+
+
+class LedgerVerified(msgspec.Struct, frozen=True):
+    entries: int
+    root: str
+    problem: str
+    """Empty: the file and the head agree."""

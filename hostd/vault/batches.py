@@ -1,0 +1,324 @@
+"""From the gate to the answer: execute, record, quote, look again, release.
+
+    ready requests ─▶ execute ─▶ ledger durable ─▶ store durable ┐
+                          └────▶ TPM quote over the tree head    ┤─▶ confirm ─▶ release or withhold
+                                                                 ┘
+Execution comes after the verdict, never before: in a drifted state no key is touched. The quote runs
+in the TPM's thread while the disk works. `confirm` reads again what can change quickly: the IMA log,
+which must replay to the PCR 10 of this quote, and the process and mappings of every VM in the
+batch; these readings start after the quote was taken. One batch is under way at a time; the ring goes
+on reading meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from guestlib.attest.binding import pass_qualifying
+from guestlib.errors import CallerError, HostdError, RefusedDriftError, UnavailableError
+from hostd.core.findings import BOOT, IMA, Finding, Kind, Severity, Status
+from hostd.ipc.serving import Receipt
+from hostd.platform.tpm_errors import TpmError
+from hostd.vault.ledger import Entry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hostd.core.findings import Component
+    from hostd.vault.counters import Counters
+    from hostd.vault.gate import Gate, Pass, Waiting
+    from hostd.vault.ledger import Ledger
+    from hostd.vault.measuring import Measuring
+    from hostd.vault.service import Done
+    from hostd.vault.store import Store
+    from hostd.vault.tpmlink import Quoted, TpmLink
+
+CONFIRM_S: Final = 5.0
+"""For the second look. Over it the batch is withheld."""
+
+
+@dataclass(slots=True)
+class Job:
+    """A gated request as the pipeline sees it. `run` executes it (raising the typed refusal)."""
+
+    name: str
+    mutates: bool
+    shreds: bool
+    run: Callable[[int], Done]
+    answer: Callable[[Any, Receipt], None]
+    refuse: Callable[[HostdError], None]
+
+
+@dataclass(slots=True)
+class _Executed:
+    request: Waiting
+    seq: int
+    done: Done | None
+    error: HostdError | None
+
+
+@dataclass(slots=True)
+class _Batch:
+    executed: list[_Executed]
+    passed: Pass
+    confirm: frozenset[Component]
+    began: int
+    quoted: Quoted | None = None
+    quoted_at: int = 0
+    deadline: float = 0.0
+
+
+class Batches:
+    """Drives requests through the gate."""
+
+    def __init__(
+        self,
+        *,
+        gate: Gate,
+        measuring: Measuring,
+        tpm: TpmLink,
+        ledger: Ledger,
+        store: Store,
+        counters: Counters,
+        evidence_digest: Callable[[Pass], bytes],
+        found: Callable[[Component, tuple[Finding, ...]], None],
+        shut: Callable[[str], None],
+    ) -> None:
+        self._gate = gate
+        self._measuring = measuring
+        self._tpm = tpm
+        self._ledger = ledger
+        self._store = store
+        self._counters = counters
+        self._evidence_digest = evidence_digest
+        self._found = found
+        self._shut = shut
+        self._batch: _Batch | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._batch is not None
+
+    @property
+    def overdue(self) -> bool:
+        return (
+            self._batch is not None and self._batch.quoted_at > 0 and time.monotonic() > self._batch.deadline
+        )
+
+    def start(self) -> None:
+        """Takes the next batch if there is one and none is under way."""
+        if self._batch is not None:
+            return
+        now = time.monotonic_ns()
+        taken = self._gate.take(now)
+        if taken is None:
+            return
+        requests, passed = taken
+        confirm = frozenset(c for c, _ in passed.readings if c == IMA or c.kind is Kind.PROCESS)
+        self._batch = batch = _Batch([], passed, confirm, now)
+        wall = time.time_ns() // 1_000_000
+        shredded = False
+        for request in requests:
+            executed = self._execute(request, wall, passed.number)
+            shredded |= executed.done is not None and _job(request).shreds
+            batch.executed.append(executed)
+        self._tpm.quote(
+            pass_qualifying(
+                passed.number, self._evidence_digest(passed), self._ledger.size, self._ledger.tree.root()
+            ),
+            self._on_quote,
+        )
+        try:
+            self._ledger.sync()
+            self._store.commit()
+            if shredded:
+                self._store.flush()
+        except HostdError as error:
+            self._store.rollback()
+            self._batch = None
+            self._shut(error.message)
+            for executed in batch.executed:
+                _job(executed.request).refuse(UnavailableError("the answer could not be recorded"))
+            return
+        self._counters.observe("hostd_batch_requests", len(requests))
+
+    def _execute(self, request: Waiting, wall: int, number: int) -> _Executed:
+        job = _job(request)
+        done: Done | None = None
+        failure: HostdError | None = None
+        if job.mutates:
+            self._store.savepoint()
+        try:
+            done = job.run(wall)
+        except HostdError as error:
+            failure = error
+        if job.mutates:
+            if failure is None:
+                self._store.release()
+            else:
+                self._store.undo()
+        seq = self._ledger.size
+        self._ledger.append(
+            Entry(
+                seq=seq,
+                time=wall,
+                event="operation",
+                outcome="released" if done else "denied" if _by_caller(failure) else "failed",
+                passed=number,
+                principal=request.caller.principal,
+                tenant=done.tenant if done else "",
+                op=job.name,
+                key=done.key if done else "",
+                version=done.version if done else 0,
+                code=failure.code if failure else "",
+                detail=done.detail if done else "",
+            )
+        )
+        return _Executed(request, seq, done, failure)
+
+    # ── After the quote ───────────────────────────────────────────────────────────────────────────
+
+    def _on_quote(self, result: Quoted | TpmError) -> None:
+        batch = self._batch
+        if batch is None:
+            return
+        if isinstance(result, TpmError):
+            self._withhold(batch, UnavailableError("the TPM did not quote"), str(result))
+            return
+        batch.quoted = result
+        batch.quoted_at = time.monotonic_ns()
+        batch.deadline = time.monotonic() + CONFIRM_S
+        differing = self._tpm.differing(result.pcrs)
+        if differing:
+            self._found(
+                BOOT,
+                tuple(
+                    Finding(
+                        component=str(BOOT),
+                        code="pcr-changed",
+                        severity=Severity.CRITICAL,
+                        subject=f"PCR {pcr}",
+                        expected=expected.hex(),
+                        seen=seen.hex(),
+                    )
+                    for pcr, expected, seen in differing
+                ),
+            )
+        self.confirm()
+
+    def confirm(self) -> None:
+        """Goes on with the batch's second look; called after every verdict too."""
+        batch = self._batch
+        if batch is None or batch.quoted is None:
+            return
+        stamps = self._gate.stamps
+        open_ = False
+        for component in batch.confirm:
+            stamp = stamps.get(component)
+            seen = stamp is not None and stamp.started >= batch.quoted_at
+            if seen and stamp is not None and stamp.status is not Status.PENDING:
+                continue
+            open_ = True
+            if component not in self._measuring.busy and self._measuring.ready:
+                self._gate.asked(component, time.monotonic_ns())
+                self._measuring.ask(component)
+        if open_ and not self.overdue:
+            return
+        self._finish(batch)
+
+    def _finish(self, batch: _Batch) -> None:
+        self._batch = None
+        assert batch.quoted is not None
+        stamps = self._gate.stamps
+        ima = stamps.get(IMA)
+        if ima is not None and ima.status is Status.VERIFIED and not self._replays(batch):
+            self._found(IMA, (self._log_mismatch(batch),))
+        withheld: list[_Executed] = []
+        for executed in batch.executed:
+            caller = executed.request.caller
+            needs = self._gate.needs(caller) & batch.confirm
+            confirmed = all(
+                (s := stamps.get(c)) is not None
+                and s.started >= batch.quoted_at
+                and self._gate.acceptable(c, s.status)
+                for c in needs
+            )
+            if confirmed and self._gate.latched_for(caller) is None and self._gate.shut is None:
+                self._release(executed, batch.passed.number)
+            else:
+                withheld.append(executed)
+        if withheld:
+            self._say_withheld(withheld, batch.passed.number, "the second look did not confirm")
+            drifted = RefusedDriftError("a measurement this answer rests on has drifted")
+            gone = UnavailableError("the measurement could not be confirmed")
+            for executed in withheld:
+                latched = self._gate.latched_for(executed.request.caller)
+                error = gone if latched is None else drifted
+                _job(executed.request).refuse(error)
+        self._counters.observe("hostd_batch_seconds", (time.monotonic_ns() - batch.began) / 1e9)
+
+    def _replays(self, batch: _Batch) -> bool:
+        assert batch.quoted is not None
+        return self._measuring.appraiser.ima_matches(batch.quoted.pcrs[10])
+
+    def _log_mismatch(self, batch: _Batch) -> Finding:
+        assert batch.quoted is not None
+        return Finding(
+            component=str(IMA),
+            code="ima-log-mismatch",
+            severity=Severity.CRITICAL,
+            subject="IMA measurement log",
+            expected=f"a log that replays to PCR 10 {batch.quoted.pcrs[10].hex()}",
+            seen="another log",
+        )
+
+    def _release(self, executed: _Executed, number: int) -> None:
+        job = _job(executed.request)
+        if executed.done is not None:
+            job.answer(executed.done.result, Receipt(ledger=executed.seq, passed=number))
+            self._counters.count("hostd_requests_total", op=job.name, outcome="released")
+        else:
+            assert executed.error is not None
+            executed.error.ledger = executed.seq
+            job.refuse(executed.error)
+            self._counters.count("hostd_requests_total", op=job.name, outcome=executed.error.code)
+
+    def _withhold(self, batch: _Batch, error: HostdError, why: str) -> None:
+        self._batch = None
+        self._say_withheld(batch.executed, batch.passed.number, why)
+        for executed in batch.executed:
+            _job(executed.request).refuse(error)
+
+    def _say_withheld(self, executed: list[_Executed], number: int, why: str) -> None:
+        seqs = ", ".join(str(e.seq) for e in executed[:64])
+        self._counters.count("hostd_withheld_total", by=len(executed))
+        try:
+            self._ledger.append(
+                Entry(
+                    seq=self._ledger.size,
+                    time=time.time_ns() // 1_000_000,
+                    event="withheld",
+                    outcome="withheld",
+                    passed=number,
+                    detail=f"{why}: {len(executed)} answers, entries {seqs}",
+                )
+            )
+            self._ledger.sync()
+        except HostdError as error:
+            self._shut(error.message)
+
+    def abandon(self, why: str) -> None:
+        """The measurer or the keys are gone: nothing of the batch under way leaves."""
+        if self._batch is not None:
+            self._withhold(self._batch, UnavailableError("the measurement could not be confirmed"), why)
+
+
+def _job(request: Waiting) -> Job:
+    assert isinstance(request.item, Job)
+    return request.item
+
+
+def _by_caller(error: HostdError | None) -> bool:
+    return isinstance(error, CallerError)

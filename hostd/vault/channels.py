@@ -1,0 +1,224 @@
+"""The vault's end of the gateway: the broker's link and one channel per worker.
+
+A channel is bound once, to the caller that the kernel named and the measurer found; records on it
+never say who asks. It ends when the worker, the VM's process or the binding ends.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import msgspec
+
+from guestlib.errors import HostdError
+from hostd.core.callers import Caller
+from hostd.core.readings import ProcessReading, Reading
+from hostd.ipc import serving
+from hostd.ipc.channel import Channel, ChannelError
+from hostd.ipc.connect import accept, listen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from hostd.core.readings import Hypervisor
+    from hostd.ipc.loop import Loop
+
+MAX_CHANNELS: Final = 4096
+
+
+class Desk(Protocol):
+    """What the channels need of the vault."""
+
+    def who(self, cid: int, pid: int, told: Callable[[Reading], None]) -> None: ...
+
+    def identity(self) -> serving.ChannelIdentity: ...
+
+    def on_call(self, channel: WorkerChannel, call: serving.Call, arrived: int) -> None: ...
+
+    def on_gone(self, caller: Caller) -> None: ...
+
+    def kick(self) -> None: ...
+
+
+class WorkerChannel:
+    """One worker. Answers are queued and go out together (`flush`)."""
+
+    def __init__(self, desk: Desk, loop: Loop, sock: socket.socket, caller: Caller) -> None:
+        self.caller = caller
+        self._desk = desk
+        self._loop = loop
+        self._channel: Channel[serving.FromWorker] = Channel(
+            sock, serving.FromWorker, max_record=serving.MAX_CALL_BYTES
+        )
+        self._opened = False
+        self._out: list[object] = []
+        self.closed = False
+        self.on_close: Callable[[WorkerChannel], None] | None = None
+        loop.watch(self._channel, self._on_events)
+
+    def _on_events(self, _events: int) -> None:
+        try:
+            self._channel.flush()
+            records = self._channel.receive()
+            arrived = time.monotonic_ns()
+            for record in records:
+                self._on_record(record, arrived)
+            if not self.closed:
+                self._loop.watch(self._channel, self._on_events, write=self._channel.wants_write)
+        except ChannelError:
+            self.close()
+        self._desk.kick()
+
+    def _on_record(self, record: serving.FromWorker, arrived: int) -> None:
+        if isinstance(record, serving.OpenChannel):
+            # Asked for again when the certificate nears its end.
+            try:
+                self._out.append(self._desk.identity())
+            except HostdError:
+                self.close()
+                return
+            self._opened = True
+        elif self._opened:
+            self._desk.on_call(self, record, arrived)
+        else:
+            self.close()
+
+    def answer(self, seq: int, result: Any, receipt: serving.Receipt | None) -> None:
+        self._out.append(serving.Reply(seq, msgspec.msgpack.encode(result), receipt))
+
+    def refuse(self, seq: int, error: HostdError) -> None:
+        self._out.append(serving.Fault(seq, error.code, error.message[:512], error.ledger))
+
+    def flush(self) -> None:
+        """One send for all that was answered since the last."""
+        if self.closed or not self._out:
+            return
+        out, self._out = self._out, []
+        try:
+            self._channel.send(*out)
+            self._loop.watch(self._channel, self._on_events, write=self._channel.wants_write)
+        except ChannelError:
+            self.close()
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.forget(self._channel)
+        self._channel.close()
+        self._desk.on_gone(self.caller)
+        if self.on_close is not None:
+            self.on_close(self)
+
+
+class BrokerLink:
+    """Listens for the gateway's broker and binds the channels it brings."""
+
+    def __init__(self, desk: Desk, loop: Loop, path: Path, *, gateway_uid: int) -> None:
+        self._desk = desk
+        self._loop = loop
+        self._uid = gateway_uid
+        self._listener = listen(path, mode=0o600, owner=gateway_uid)
+        loop.watch(self._listener, self._on_accept)
+        self._broker: Channel[serving.FromBroker] | None = None
+        self.channels: set[WorkerChannel] = set()
+
+    def _on_accept(self, _events: int) -> None:
+        accepted = accept(self._listener)
+        if accepted is None:
+            return
+        sock, peer = accepted
+        if peer.uid != self._uid:
+            sock.close()
+            return
+        # The newest wins: it can only be the same uid, and an old one may be a dead process's.
+        self._drop_broker()
+        self._broker = Channel(sock, serving.FromBroker, max_record=serving.MAX_BIND_BYTES)
+        self._loop.watch(self._broker, self._on_broker)
+
+    def _drop_broker(self) -> None:
+        broker, self._broker = self._broker, None
+        if broker is not None:
+            self._loop.forget(broker)
+            broker.close()
+
+    def _on_broker(self, _events: int) -> None:
+        broker = self._broker
+        if broker is None:
+            return
+        try:
+            broker.flush()
+            for record in broker.receive():
+                fd = broker.take_descriptor()
+                if fd is None:
+                    raise ChannelError("a binding without a channel")
+                self._bind(broker, record, fd)
+        except ChannelError:
+            self._drop_broker()
+        self._desk.kick()
+
+    def _bind(self, broker: Channel[serving.FromBroker], bind: serving.Bind, fd: int) -> None:
+        def refuse(reason: str) -> None:
+            os.close(fd)
+            self._tell(broker, serving.Unbound(bind.bind, reason))
+
+        def told(reading: Reading) -> None:
+            if broker is not self._broker:
+                os.close(fd)
+                return
+            if isinstance(reading, ProcessReading):
+                hypervisor = reading.hypervisor
+                if not hypervisor.vm:
+                    refuse("that hypervisor process names no VM")
+                    return
+                if not bind.cid and hypervisor.uid != bind.uid:
+                    # The peer's pid was recycled since it connected.
+                    refuse("the peer is not that hypervisor process")
+                    return
+                caller = Caller(vm=hypervisor.vm, pid=hypervisor.pid, start_time=hypervisor.start_time)
+            elif bind.cid:
+                refuse("no known hypervisor process holds that CID")
+                return
+            else:
+                caller = Caller(uid=bind.uid)
+            sock = socket.socket(fileno=fd)
+            if sock.family != socket.AF_UNIX or len(self.channels) >= MAX_CHANNELS:
+                sock.close()
+                self._tell(broker, serving.Unbound(bind.bind, "no channel can be made"))
+                return
+            channel = WorkerChannel(self._desk, self._loop, sock, caller)
+            channel.on_close = self.channels.discard
+            self.channels.add(channel)
+            self._tell(broker, serving.Bound(bind.bind, caller.principal))
+
+        self._desk.who(bind.cid, 0 if bind.cid else bind.pid, told)
+
+    def _tell(self, broker: Channel[serving.FromBroker], record: object) -> None:
+        try:
+            broker.send(record)
+            self._loop.watch(broker, self._on_broker, write=broker.wants_write)
+        except ChannelError:
+            if broker is self._broker:
+                self._drop_broker()
+
+    def flush(self) -> None:
+        for channel in list(self.channels):
+            channel.flush()
+
+    def close_gone(self, hypervisors: tuple[Hypervisor, ...]) -> None:
+        """Ends the channels whose VM's process is no more: a CID or a pid may be another's now."""
+        alive = {(h.vm, h.pid, h.start_time) for h in hypervisors}
+        for channel in list(self.channels):
+            caller = channel.caller
+            if caller.vm and (caller.vm, caller.pid, caller.start_time) not in alive:
+                channel.close()
+
+    def close_bound_to(self, principal: str) -> None:
+        """Ends the channels of a principal whose binding changed."""
+        for channel in list(self.channels):
+            if channel.caller.principal == principal:
+                channel.close()

@@ -1,0 +1,103 @@
+"""What hostd says of itself: the statement that a quote signs, and the digest each batch's quote carries.
+
+Evidence works while the gate is closed: it then says so, with the status of every component. It
+names no VM, tenant or key: the claims of a caller's evidence are the host's and that caller's own.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import socket
+from typing import TYPE_CHECKING
+
+import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+import hostd
+from guestlib.attest.evidence import HostIdentity, ImaPosition, LedgerHead, Statement, Status, TpmIdentity
+from hostd.core.findings import IMA, Kind
+
+if TYPE_CHECKING:
+    from hostd.core.callers import Caller
+    from hostd.platform.tpm_files import TpmRecord
+    from hostd.vault.gate import Gate, Pass
+    from hostd.vault.ledger import Ledger
+    from hostd.vault.measuring import Measuring
+
+
+def spki_digest(certificate_der: bytes) -> bytes:
+    """SHA-256 over the SubjectPublicKeyInfo (DER) of a certificate."""
+    key = x509.load_der_x509_certificate(certificate_der).public_key()
+    return hashlib.sha256(
+        key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    ).digest()
+
+
+def pass_digest(passed: Pass, reference: bytes, channel_ca: bytes) -> bytes:
+    """Evidence digest in the quote of a batch: SHA-256 over canonical JSON of the reference values'
+    digest, the channel CA's key digest, and the components with their statuses and reading numbers.
+
+    Components of VMs are named by kind only, in order of their reading's number.
+    """
+    readings = sorted((str(c.kind), stamp.number, str(stamp.status)) for c, stamp in passed.readings)
+    body = msgspec.json.encode(
+        {"channel_ca": channel_ca.hex(), "readings": readings, "reference": reference.hex()},
+        order="deterministic",
+    )
+    return hashlib.sha256(b"hostd pass evidence v1\0" + body).digest()
+
+
+def claims_for(caller: Caller, gate: Gate) -> dict[str, Status]:
+    """Kind of component → status; of several (a host-local caller's VMs) the worst."""
+    order = (Status.VERIFIED, Status.ABSENT, Status.PENDING, Status.DRIFTED)
+    claims: dict[str, Status] = {}
+    stamps, latched = gate.stamps, gate.latched
+    for component in gate.needs(caller):
+        stamp = stamps.get(component)
+        status = Status.PENDING if stamp is None else Status(stamp.status.value)
+        if component in latched:
+            status = Status.DRIFTED
+        kind = component.kind.value
+        claims[kind] = max(claims.get(kind, Status.VERIFIED), status, key=order.index)
+    for component in latched:
+        if component.kind is not Kind.PROCESS:
+            claims[component.kind.value] = Status.DRIFTED
+    return claims
+
+
+def statement_for(
+    caller: Caller,
+    nonce: bytes,
+    *,
+    now: datetime.datetime,
+    gate: Gate,
+    measuring: Measuring,
+    ledger: Ledger,
+    tpm: TpmRecord,
+    channel_ca: bytes,
+    reference: bytes | None,
+) -> Statement:
+    """The statement of this moment. The IMA position is what has been appraised so far; the quote
+    that follows may cover more, never less."""
+    claims = claims_for(caller, gate)
+    ima = None
+    appraiser = measuring.appraiser
+    if appraiser.ima_boot_id and gate.stamps.get(IMA) is not None:
+        ima = ImaPosition(appraiser.ima_boot_id, appraiser.ima_position, appraiser.ima_entries)
+    return Statement(
+        nonce=nonce,
+        issued=now.astimezone(datetime.UTC).replace(microsecond=0),
+        host=HostIdentity(socket.gethostname() or "localhost", hostd.__version__),
+        tpm=TpmIdentity(tpm.ak_public, tpm.ek_public, tpm.ek_certificate),
+        ima=ima,
+        channel_ca=channel_ca,
+        claims=claims,
+        reference=reference,
+        gate_open=gate.shut is None and gate.latched_for(caller) is None,
+        ledger=LedgerHead(ledger.size, ledger.tree.root()),
+        findings=sum(
+            len(f) for c, f in gate.latched.items() if c.kind is not Kind.PROCESS or c.vm == caller.vm
+        ),
+    )

@@ -1,0 +1,299 @@
+"""The operators' socket: hostctl's commands, each by an officer whom the kernel names by uid.
+
+Commands that change who may do what wait at the gate like a guest's request. Those that explain a
+closed gate or mend it do not; they are recorded all the same.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from guestlib.attest.bundle import TrustBundle, encode_bundle
+from guestlib.errors import HostdError, MalformedError, NotFoundError, UnavailableError
+from hostd.core.callers import Caller, host_principal, vm_principal
+from hostd.core.findings import Component, Kind, process_of
+from hostd.core.merkle import Tree, leaf_hash
+from hostd.core.reference import ReferenceValuesError, parse_reference
+from hostd.ipc import operating as adm
+from hostd.ipc.channel import Channel, ChannelError
+from hostd.ipc.connect import accept, listen
+from hostd.ipc.serving import Fault, Receipt, Reply
+from hostd.vault.baseline import Capture
+from hostd.vault.batches import Job
+from hostd.vault.service import Done
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from hostd.ipc.loop import Loop
+    from hostd.vault.vault import Vault
+
+MAX_CONNECTIONS: Final = 16
+_FINDINGS: Final = msgspec.msgpack.Decoder(tuple[tuple[str, ...], ...])
+
+
+class _Connection:
+    def __init__(self, channel: Channel[adm.Command], officer: Caller) -> None:
+        self.channel = channel
+        self.officer = officer
+        self.closed = False
+
+
+class Operators:
+    """Serves `admin.sock`."""
+
+    def __init__(self, vault: Vault, loop: Loop, path: Path, *, uids: frozenset[int]) -> None:
+        self._vault = vault
+        self._loop = loop
+        self._uids = uids
+        self._connections: set[_Connection] = set()
+        # Mode 0666: the uid that the kernel gives decides, and it is checked before a byte is read.
+        self._listener = listen(path, mode=0o666)
+        loop.watch(self._listener, self._on_accept)
+        self._immediate: dict[type, Callable[[_Connection, int, Any], None]] = {
+            adm.ListTenants: self._list_tenants,
+            adm.ListVms: self._list_vms,
+            adm.ListKeys: self._list_keys,
+            adm.Status: self._status,
+            adm.CaptureBaseline: self._capture,
+            adm.InstallBaseline: self._install,
+            adm.ShowBaseline: self._show_baseline,
+            adm.ListDrift: self._list_drift,
+            adm.ClearDrift: self._clear_drift,
+            adm.ListLedger: self._list_ledger,
+            adm.VerifyLedger: self._verify_ledger,
+            adm.TrustBundle: self._trust_bundle,
+        }
+        self._gated: dict[type, Callable[[Any, int], Done]] = {
+            adm.CreateTenant: self._create_tenant,
+            adm.BindVm: lambda c, now: self._bind(vm_principal(c.vm), c.tenant, now),
+            adm.UnbindVm: lambda c, _now: self._unbind(vm_principal(c.vm)),
+            adm.BindUser: lambda c, now: self._bind(host_principal(c.uid), c.tenant, now),
+            adm.UnbindUser: lambda c, _now: self._unbind(host_principal(c.uid)),
+        }
+
+    # ── Connections ───────────────────────────────────────────────────────────────────────────────
+
+    def _on_accept(self, _events: int) -> None:
+        accepted = accept(self._listener)
+        if accepted is None:
+            return
+        sock, peer = accepted
+        if peer.uid not in self._uids or len(self._connections) >= MAX_CONNECTIONS:
+            sock.close()
+            return
+        connection = _Connection(Channel(sock, adm.Command), Caller(uid=peer.uid, officer=True))
+        self._connections.add(connection)
+        self._loop.watch(connection.channel, lambda _events: self._on_events(connection))
+
+    def _on_events(self, connection: _Connection) -> None:
+        try:
+            connection.channel.flush()
+            records = connection.channel.receive()
+            arrived = time.monotonic_ns()
+            for record in records:
+                self._on_command(connection, record, arrived)
+            self._watch(connection)
+        except ChannelError:
+            self._close(connection)
+        self._vault.kick()
+
+    def _watch(self, connection: _Connection) -> None:
+        if not connection.closed:
+            self._loop.watch(
+                connection.channel,
+                lambda _events: self._on_events(connection),
+                write=connection.channel.wants_write,
+            )
+
+    def _close(self, connection: _Connection) -> None:
+        if not connection.closed:
+            connection.closed = True
+            self._connections.discard(connection)
+            self._loop.forget(connection.channel)
+            connection.channel.close()
+
+    def _send(self, connection: _Connection, record: object) -> None:
+        if connection.closed:
+            return
+        try:
+            connection.channel.send(record)
+        except ChannelError:
+            self._close(connection)
+            return
+        self._watch(connection)
+
+    def _answer(
+        self, connection: _Connection, seq: int, result: object, receipt: Receipt | None = None
+    ) -> None:
+        self._send(connection, Reply(seq, msgspec.msgpack.encode(result), receipt))
+
+    def _refuse(self, connection: _Connection, seq: int, error: HostdError) -> None:
+        self._send(connection, Fault(seq, error.code, error.message[:512], error.ledger))
+
+    # ── Dispatch ──────────────────────────────────────────────────────────────────────────────────
+
+    def _on_command(self, connection: _Connection, record: adm.Command, arrived: int) -> None:
+        command, seq = record.command, record.seq
+        immediate = self._immediate.get(type(command))
+        if immediate is not None:
+            try:
+                immediate(connection, seq, command)
+            except HostdError as error:
+                self._refuse(connection, seq, error)
+            return
+        run = self._gated[type(command)]
+        job = Job(
+            name=type(command).__name__,
+            mutates=True,
+            shreds=False,
+            run=lambda now: run(command, now),
+            answer=lambda result, receipt: self._answer(connection, seq, result, receipt),
+            refuse=lambda error: self._refuse(connection, seq, error),
+        )
+        deadline = arrived + int(self._vault.config.gate.deadline_s * 1e9)
+        self._vault.submit(connection.officer, job, arrived, deadline)
+
+    # ── Behind the gate ───────────────────────────────────────────────────────────────────────────
+
+    def _create_tenant(self, command: adm.CreateTenant, now: int) -> Done:
+        self._vault.store.add_tenant(command.name, now)
+        return Done(adm.Nothing(), command.name)
+
+    def _bind(self, principal: str, tenant: str, now: int) -> Done:
+        if self._vault.store.kek_generation(tenant) is None:
+            raise NotFoundError(f"no such tenant: {tenant}")
+        self._vault.store.bind(principal, tenant, now)
+        return Done(adm.Nothing(), tenant, detail=principal)
+
+    def _unbind(self, principal: str) -> Done:
+        tenant = self._vault.store.tenant_of(principal)
+        if tenant is None or not self._vault.store.unbind(principal):
+            raise NotFoundError(f"{principal} is bound to no tenant")
+        return Done(adm.Nothing(), tenant, detail=principal)
+
+    # ── What works while the gate is closed ───────────────────────────────────────────────────────
+
+    def _list_tenants(self, connection: _Connection, seq: int, _command: adm.ListTenants) -> None:
+        store = self._vault.store
+        self._answer(connection, seq, adm.Tenants(tuple(store.tenants()), tuple(store.bindings())))
+
+    def _list_vms(self, connection: _Connection, seq: int, _command: adm.ListVms) -> None:
+        gate, store = self._vault.gate, self._vault.store
+        stamps, latched = gate.stamps, gate.latched
+        vms = []
+        for h in sorted(gate.hypervisors, key=lambda h: h.name):
+            component = process_of(h.vm)
+            stamp = stamps.get(component)
+            vms.append(
+                adm.VmInfo(
+                    vm=h.vm,
+                    name=h.name,
+                    pid=h.pid,
+                    cid=h.cid,
+                    accel=h.accel,
+                    tenant=store.tenant_of(vm_principal(h.vm)) or "",
+                    status="unread" if stamp is None else str(stamp.status),
+                    drifted=component in latched,
+                )
+            )
+        self._answer(connection, seq, adm.Vms(tuple(vms)))
+
+    def _list_keys(self, connection: _Connection, seq: int, command: adm.ListKeys) -> None:
+        keys = self._vault.store.keys(command.tenant, "", 10_000)
+        lines = tuple(
+            adm.KeyLine(k.id, k.alias or "", k.algorithm.value, k.state.value, len(k.versions)) for k in keys
+        )
+        self._answer(connection, seq, adm.Keys(lines))
+
+    def _status(self, connection: _Connection, seq: int, _command: adm.Status) -> None:
+        self._answer(connection, seq, self._vault.status())
+
+    def _capture(self, connection: _Connection, seq: int, _command: adm.CaptureBaseline) -> None:
+        def told(result: bytes | HostdError) -> None:
+            if isinstance(result, HostdError):
+                self._refuse(connection, seq, result)
+            else:
+                reference = parse_reference(result)
+                self._answer(connection, seq, adm.Document(result, reference.digest.hex()))
+            self._vault.kick()
+
+        Capture(self._vault.config, self._vault.measuring, self._loop, told).start()
+
+    def _install(self, connection: _Connection, seq: int, command: adm.InstallBaseline) -> None:
+        try:
+            reference = parse_reference(command.document)
+        except ReferenceValuesError as error:
+            raise MalformedError(str(error)) from error
+        self._vault.install_reference(reference, command.document, connection.officer.principal)
+        self._answer(connection, seq, adm.Document(b"", reference.digest.hex()))
+
+    def _show_baseline(self, connection: _Connection, seq: int, _command: adm.ShowBaseline) -> None:
+        reference = self._vault.reference
+        if reference is None:
+            raise NotFoundError("no reference values are in force")
+        self._answer(connection, seq, adm.Document(reference.encode(), reference.digest.hex()))
+
+    def _list_drift(self, connection: _Connection, seq: int, _command: adm.ListDrift) -> None:
+        lines = tuple(
+            adm.DriftLine(
+                component, since, ledger, msgspec.msgpack.decode(raw, type=tuple[tuple[str, ...], ...])
+            )
+            for component, raw, since, ledger in self._vault.store.drift()
+        )
+        self._answer(connection, seq, adm.Drift(lines))
+
+    def _clear_drift(self, connection: _Connection, seq: int, command: adm.ClearDrift) -> None:
+        kind, _, vm = command.component.partition(":")
+        try:
+            component = Component(Kind(kind), vm)
+        except ValueError:
+            raise NotFoundError(f"no such component: {kind}") from None
+        if not self._vault.clear_drift(component, command.reason, connection.officer.principal):
+            raise NotFoundError(f"{component} has not drifted")
+        self._answer(connection, seq, adm.Nothing())
+
+    def _list_ledger(self, connection: _Connection, seq: int, command: adm.ListLedger) -> None:
+        ledger = self._vault.ledger
+        start = max(0, ledger.size - command.count) if command.order == "last" else command.start
+        entries = tuple(
+            msgspec.Raw(msgspec.msgpack.encode(entry)) for entry in ledger.entries(start, command.count)
+        )
+        self._answer(connection, seq, adm.LedgerLines(entries, ledger.size, ledger.tree.root().hex()))
+
+    def _verify_ledger(self, connection: _Connection, seq: int, _command: adm.VerifyLedger) -> None:
+        ledger = self._vault.ledger
+        tree = Tree()
+        problem = ""
+        for line in ledger.lines():
+            tree.append(leaf_hash(line))
+        if tree.size != ledger.size:
+            problem = f"the file has {tree.size} entries, the head in force {ledger.size}"
+        elif tree.root() != ledger.tree.root():
+            problem = (
+                f"the file's root is {tree.root().hex()}, the head in force has {ledger.tree.root().hex()}"
+            )
+            differing = next(
+                (i for i, line in enumerate(ledger.lines()) if leaf_hash(line) != ledger.tree.leaf(i)), None
+            )
+            if differing is not None:
+                problem += f"; entry {differing} differs first"
+        self._answer(connection, seq, adm.LedgerVerified(tree.size, tree.root().hex(), problem))
+
+    def _trust_bundle(self, connection: _Connection, seq: int, _command: adm.TrustBundle) -> None:
+        vault = self._vault
+        if vault.channel_ca is None or vault.reference is None:
+            raise UnavailableError("the keys are not unsealed or no reference values are in force")
+        bundle = TrustBundle(
+            require=frozenset({*vault.config.measure.require, str(Kind.PROCESS)}),
+            aks=(vault.tpm.record.ak_public,),
+            channel_ca=vault.channel_ca.certificate_der,
+            pcrs=tuple((i, frozenset({v})) for i, v in sorted(vault.tpm.sealed_to.items())),
+            reference=frozenset({vault.reference.digest}),
+        )
+        document = encode_bundle(bundle)
+        self._answer(connection, seq, adm.Document(document, ""))

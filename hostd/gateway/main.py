@@ -17,7 +17,7 @@ from hostd.ipc.channel import Channel, peer_of
 from hostd.ipc.loop import Loop
 from hostd.ipc.serving import ToBroker
 from hostd.platform import confine
-from hostd.platform.notify import notify
+from hostd.platform.notify import READY, WATCHDOG, notify, watchdog_interval
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,13 +96,22 @@ def run(config: Config) -> None:
         for listener in sockets:
             _watch(loop, broker, listener)
         VaultLink(loop, broker, config.run / "broker.sock", config.uid_of("vault")).connect()
-        notify("READY=1")
+        _keep_alive(loop)
+        notify(READY)
         loop.run()
     finally:
         for listener in sockets:
             listener.close()
         broker.close()
         loop.close()
+
+
+def _keep_alive(loop: Loop) -> None:
+    """Tells systemd's watchdog that the loop turns, if there is one."""
+    interval = watchdog_interval()
+    if interval is not None:
+        notify(WATCHDOG)
+        loop.call_after(interval, lambda: _keep_alive(loop))
 
 
 def _watch(loop: Loop, broker: Broker, listener: socket.socket) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,16 +12,17 @@ from qemu.errors import LabError
 from qemu.guest import Guest
 from qemu.host import LabHost
 from qemu.image import ensure_image
-from qemu.install import install_guests, install_hostd
+from qemu.install import REPO, install_guests, install_hostd
 from qemu.machine import Settings
 from qemu.shell import interact, require_terminal
+from qemu.wheels import ensure_dependencies
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Do what the command line says; the exit status."""
-    arguments = _parser().parse_args(words)
     signal.signal(signal.SIGTERM, _stop)
     try:
+        arguments = _parser().parse_args(words)
         status: int = arguments.act(arguments)
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--accel",
         choices=("tcg", "kvm"),
-        default=os.environ.get("HOSTD_LAB_ACCEL", "tcg"),
+        default=Settings().accel,
         help="emulation, or the machine's own (nested) KVM; default: $HOSTD_LAB_ACCEL or tcg",
     )
     verbs = parser.add_subparsers(required=True, metavar="build | shell | run")
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _build(arguments: argparse.Namespace) -> int:
     print(ensure_image().disk.parent)
+    ensure_dependencies(REPO)
     return 0
 
 

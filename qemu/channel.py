@@ -186,6 +186,11 @@ class Channel:
         """Wait for the agent's first answer; False when the time is over."""
         return self._greeted.wait(timeout) and not self._closed
 
+    @property
+    def alive(self) -> bool:
+        """Whether the other end is still there, as far as anyone has noticed."""
+        return not self._closed
+
     def start(self, argv: Sequence[str] | str) -> Command:
         """Start a command: a list is an argv, a string is a line for ``/bin/sh``."""
         items = ["/bin/sh", "-c", argv] if isinstance(argv, str) else list(argv)

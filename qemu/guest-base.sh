@@ -27,10 +27,13 @@ rm -f lib-dynload/_curses* lib-dynload/_dbm* lib-dynload/_gdbm* lib-dynload/_sql
 find . -name __pycache__ -prune -exec rm -rf {} +
 python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash .
 
-# Shared libraries of all that was copied, at the paths the loader looks in; libgcc is for cryptography.
+# Shared libraries of all that was copied, at the paths the loader looks in. The named ones are for
+# wheels, which are built to run on older systems too.
 {
     for binary in "$tree/usr/bin/python3" lib-dynload/*.so; do ldd "$binary"; done
-    echo "/lib/$(uname -m)-linux-gnu/libgcc_s.so.1"
+    for name in libgcc_s.so.1 libpthread.so.0 libdl.so.2 librt.so.1 libutil.so.1; do
+        echo "/lib/$(uname -m)-linux-gnu/$name"
+    done
 } | grep -o '/[^ ]*' | grep '^/lib' | sort -u | while read -r library; do
     mkdir -p "$tree$(dirname "$library")"
     cp -L "$library" "$tree$library"

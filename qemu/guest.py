@@ -15,12 +15,13 @@ import string
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, Self
 
 from qemu.channel import Channel, Command
-from qemu.errors import BootError, PowerStateError, Result
+from qemu.errors import BootError, LabError, PowerStateError, Result
 from qemu.host import LabHost
 from qemu.initramfs import cpio, tree
 
@@ -77,6 +78,11 @@ class Guest:
         return self._channel
 
     @property
+    def running(self) -> bool:
+        """Whether the guest, or what is left of it, still answers for its port."""
+        return self._channel is not None and self._channel.alive
+
+    @property
     def qemu_pid(self) -> int:
         """The process id, in L1, of the guest's QEMU."""
         return int(self.host.get(f"/run/libvirt/qemu/{self.name}.pid"))
@@ -94,7 +100,6 @@ class Guest:
             uuid=self.uuid,
             cid=self.cid,
             memory_mib=self._memory_mib,
-            machine="pc",
             kernel=f"{FOLDER}/vmlinuz",
             initrd=INITRAMFS,
             socket=self._socket,
@@ -108,7 +113,7 @@ class Guest:
 
     def start(self, limit: float = START_LIMIT) -> None:
         """Define and start the guest; return when its agent answers."""
-        if self._channel is not None:
+        if self.running:
             raise PowerStateError(f"guest {self.name} is already running")
         deadline = time.monotonic() + limit
         self.host.put(self.xml().encode(), self._file)
@@ -117,7 +122,8 @@ class Guest:
         if not channel.greeted(max(0.0, deadline - time.monotonic())):
             channel.close()
             console = self.console[-2000:]
-            self.host.run(["virsh", "--quiet", "destroy", self.name], check=False)
+            with suppress(LabError):  # what matters is why the guest did not come up
+                self.host.run(["virsh", "--quiet", "destroy", self.name], check=False)
             raise BootError(f"guest {self.name}: no agent within {limit:g} s; the console:\n{console}")
         self._channel = channel
 

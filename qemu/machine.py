@@ -18,7 +18,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -39,9 +39,13 @@ MIB: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The machine's hardware. ``accel`` is ``tcg`` (works anywhere) or ``kvm`` (needs nested KVM)."""
+    """The machine's hardware.
 
-    accel: str = "tcg"
+    ``accel`` is ``tcg`` (emulation; works anywhere) or ``kvm`` (the build machine's, which must offer
+    nested virtualisation); the default is ``$HOSTD_LAB_ACCEL``, or ``tcg``.
+    """
+
+    accel: str = field(default_factory=lambda: os.environ.get("HOSTD_LAB_ACCEL", "tcg"))
     cpus: int = 2
     memory_mib: int = 4096
     boot_limit: float = 180.0  # seconds until the agent answers; about 15 on an idle machine

@@ -15,7 +15,6 @@ from typing import Final
 from qemu.errors import BuildError, MissingToolError
 
 PACKAGE_OF: Final = {
-    "debugfs": "e2fsprogs",
     "mke2fs": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",
     "qemu-img": "qemu-utils",
@@ -37,8 +36,7 @@ def step(what: str) -> Iterator[None]:
 
 def require_tools(*names: str) -> None:
     """Raise ``MissingToolError``, naming the Debian packages to install, if any of them is missing."""
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    missing = [name for name in names if shutil.which(name, path=path) is None]
+    missing = [name for name in names if shutil.which(name) is None]
     if missing:
         packages = sorted({PACKAGE_OF.get(name, name) for name in missing})
         raise MissingToolError(

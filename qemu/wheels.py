@@ -34,7 +34,7 @@ def build_trees(repo: Path, work: Path) -> tuple[Path, Path]:
     The first is cached and holds the dependencies; the second, made in ``work``, the project, its
     console scripts and its ``systemd`` folder (at ``/opt/hostd/systemd``).
     """
-    dependencies = _dependencies(repo)
+    dependencies = ensure_dependencies(repo)
     tree = work / "tree"
     prefix = tree / PREFIX.lstrip("/")
     with step("building hostd"):
@@ -70,7 +70,7 @@ def _wheelhouse(repo: Path) -> Path:
     return build_once("wheels", _key(repo), build)
 
 
-def _dependencies(repo: Path) -> Path:
+def ensure_dependencies(repo: Path) -> Path:
     """A folder with ``opt.tar``: the virtual environment with all but the project."""
 
     def build(folder: Path) -> None:

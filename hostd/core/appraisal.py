@@ -1,0 +1,99 @@
+"""Appraisal: readings in, verdicts out (pure).
+
+One `Appraiser` belongs to one measurer's life (`Hello.epoch`): file numbers and tags of another mean
+nothing. It judges each reading against the reference values, and keeps only what later readings must
+agree with. The same code judges in the vault and in a remote verifier.
+
+| reading                        | verdict |
+|--------------------------------|---------|
+| as it should be                | verified |
+| not as it should be            | drifted, with a finding for each thing |
+| `Missing`, absent              | absent: this host cannot provide it. Never good |
+| `Missing`, not absent          | pending: it went away. Never good |
+| of another kind than asked for | pending |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from hostd.core.appraise_files import FileBook
+from hostd.core.appraise_ima import ImaLog
+from hostd.core.appraise_posture import appraise_posture
+from hostd.core.appraise_process import Processes
+from hostd.core.codes import Code
+from hostd.core.findings import GUESTS, Component, Finding, Kind, Severity, Status, Verdict
+from hostd.core.readings import (
+    FileIdentity,
+    FilesReading,
+    GuestsReading,
+    ImaReading,
+    Missing,
+    PostureReading,
+    ProcessReading,
+    Reading,
+)
+
+if TYPE_CHECKING:
+    from hostd.core.reference import Reference
+
+MAX_FINDINGS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the configuration adds to the reference values."""
+
+    allow_jit: bool
+    protected: tuple[str, ...]
+    """Path prefixes whose IMA entries must be known. Empty protects every path."""
+
+
+class Appraiser:
+    """Judges readings."""
+
+    def __init__(self, reference: Reference, rules: Rules) -> None:
+        self.reference = reference
+        """May be replaced; everything is judged against the one that is here at the time."""
+        self.files = FileBook()
+        self.ima = ImaLog(rules.protected or ("",))
+        self._processes = Processes(allow_jit=rules.allow_jit)
+        self._running: int | None = None
+
+    def appraise(self, component: Component, reading: Reading) -> Verdict:
+        """The verdict on a reading that was asked for as `component`."""
+        if isinstance(reading, Missing):
+            return Verdict(component, Status.ABSENT if reading.absent else Status.PENDING)
+        match component.kind, reading:
+            case Kind.GUESTS, GuestsReading():
+                return self._guests(reading)
+            case Kind.POSTURE, PostureReading():
+                return appraise_posture(reading, self.reference.posture)
+            case Kind.IMA, ImaReading():
+                return self.ima.appraise(reading, self.reference)
+            case Kind.FILES, FilesReading():
+                return self.files.appraise(reading, self.reference, processes=self._running)
+            case Kind.PROCESS, ProcessReading():
+                return self._processes.appraise(component, reading, self.files, self.reference)
+        return Verdict(component, Status.PENDING)
+
+    def learn(self, number: int, reading: FileIdentity | Missing) -> None:
+        """Takes in the answer to `AskFile(number)`. The next reading is judged with it."""
+        self.files.learn(number, reading)
+
+    def _guests(self, reading: GuestsReading) -> Verdict:
+        self._running = len(reading.hypervisors)
+        self._processes.keep_only({(item.pid, item.start_time) for item in reading.hypervisors})
+        findings = tuple(
+            Finding(
+                str(GUESTS),
+                Code.HOLDER_UNKNOWN.value,
+                Severity.CRITICAL,
+                holder,
+                "no holder of /dev/vhost-vsock but known hypervisors",
+                "holds /dev/vhost-vsock",
+            )
+            for holder in reading.unknown[:MAX_FINDINGS]
+        )
+        return Verdict(GUESTS, Status.DRIFTED if findings else Status.VERIFIED, findings)

@@ -1,0 +1,138 @@
+"""Judges the kernel's measurement log (pure), and keeps its replay.
+
+Every entry under a protected path must have a digest of the reference values, and be no violation. The
+log is only as true as PCR 10 says: `matches` tells up to which byte the log replays to the value that
+the TPM quoted. The quote is taken first and the log read after, so later entries stay pending.
+
+An entry stays in the log until the next boot, and so does its finding here: until the reference values
+know its digest, or an officer accepts it (`accept`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from guestlib.attest.imalog import PCR_START, Entry, MalformedLogError, extend, parse_entries
+from hostd.core.codes import Code
+from hostd.core.findings import IMA, Finding, Severity, Status, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hostd.core.readings import ImaReading
+    from hostd.core.reference import Reference
+
+MAX_PENDING: Final = 65536
+"""Entries after the last one that a quote covered; over it the oldest are forgotten, and a quote from
+before them does not match any more."""
+MAX_FINDINGS: Final = 64
+MAX_UNRESOLVED: Final = 4096
+"""Entries kept as findings; further ones are counted."""
+
+
+class ImaLog:
+    """The log as far as it was read, its replay, and the entries that are not as they should be."""
+
+    def __init__(self, protected: Iterable[str]) -> None:
+        self._protected = tuple(protected)
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self.position = 0
+        """Bytes of the log that were judged: what to ask from next."""
+        self.pcr10 = PCR_START
+        """Replay of all of them."""
+        self._boot_id = ""
+        self._states: deque[tuple[int, bytes]] = deque([(0, PCR_START)], maxlen=MAX_PENDING)
+        self._unresolved: dict[tuple[str, str, bool], Entry] = {}
+        self._more = 0
+        self._malformed = ""
+
+    def appraise(self, reading: ImaReading, reference: Reference) -> Verdict:
+        """Judges the next part of the log; PENDING if it is not the next part, or there is more."""
+        if self._boot_id and reading.boot_id != self._boot_id:
+            self._start_over()
+        # Two asks may be under way from the same position: what was judged already is passed over.
+        skip = self.position - reading.offset
+        if not 0 <= skip <= len(reading.data):
+            findings = self._findings(reference)
+            return Verdict(IMA, Status.DRIFTED if findings else Status.PENDING, findings)
+        self._boot_id = reading.boot_id
+        try:
+            entries = parse_entries(reading.data, skip)
+            end = entries[-1].end if entries else skip
+            if end != len(reading.data):
+                raise MalformedLogError(end, "the entry is cut short")
+        except MalformedLogError as error:
+            self._malformed = self._malformed or f"byte {reading.offset + error.offset} of the log: {error}"
+            return Verdict(IMA, Status.DRIFTED, self._findings(reference))
+        for entry in entries:
+            self._judge(entry, reference)
+            self.pcr10 = extend(self.pcr10, entry)
+            self._states.append((reading.offset + entry.end, self.pcr10))
+        self.position = reading.offset + len(reading.data)
+        findings = self._findings(reference)
+        if findings:
+            return Verdict(IMA, Status.DRIFTED, findings)
+        # A log without its first entry, boot_aggregate, is none.
+        return Verdict(IMA, Status.VERIFIED if self.position and not reading.more else Status.PENDING)
+
+    def matches(self, pcr10: bytes) -> int | None:
+        """The byte up to which the log replays to this value of PCR 10 (SHA-256 bank); None: nowhere,
+        so the log that was read is not the one that the TPM saw, or not all of it was read yet."""
+        return next((end for end, state in reversed(self._states) if state == pcr10), None)
+
+    def settle(self, position: int) -> None:
+        """Forgets states before `position`, which a quote covered: an older quote does not count again."""
+        while len(self._states) > 1 and self._states[0][0] < position:
+            self._states.popleft()
+
+    def accept(self) -> None:
+        """An officer accepts the entries found so far. Not a log that is malformed."""
+        self._unresolved.clear()
+        self._more = 0
+
+    def _judge(self, entry: Entry, reference: Reference) -> None:
+        if entry.path and not entry.path.startswith(self._protected):
+            return
+        if not entry.path and entry.template in ("ima-ng", "ima-sig", "ima"):
+            return
+        if _known(entry, reference):
+            return
+        if len(self._unresolved) < MAX_UNRESOLVED:
+            self._unresolved[entry.path or entry.template, entry.content, entry.violation] = entry
+        else:
+            self._more += 1
+
+    def _findings(self, reference: Reference) -> tuple[Finding, ...]:
+        for key, entry in list(self._unresolved.items()):
+            if _known(entry, reference):
+                del self._unresolved[key]
+        found = [_finding(entry, reference) for entry in list(self._unresolved.values())[:MAX_FINDINGS]]
+        if self._malformed:
+            found.append(_critical(Code.IMA_MALFORMED, "IMA log", "whole entries", self._malformed))
+        if self._more:
+            found.append(
+                _critical(Code.IMA_UNKNOWN, "IMA log", "known digests", f"{self._more} further entries")
+            )
+        return tuple(found)
+
+
+def _known(entry: Entry, reference: Reference) -> bool:
+    return bool(entry.path) and not entry.violation and entry.content in reference.measured(entry.path)
+
+
+def _finding(entry: Entry, reference: Reference) -> Finding:
+    if not entry.path:
+        return _critical(
+            Code.IMA_MALFORMED, f"template {entry.template}", "a template with a path", "a template without"
+        )
+    expected = " or ".join(reference.measured(entry.path)) or "no such file"
+    if entry.violation:
+        return _critical(Code.IMA_VIOLATION, entry.path, expected, "open for writing while it was measured")
+    return _critical(Code.IMA_UNKNOWN, entry.path, expected, entry.content)
+
+
+def _critical(code: Code, subject: str, expected: str, seen: str) -> Finding:
+    return Finding(str(IMA), code.value, Severity.CRITICAL, subject, expected, seen)

@@ -1,0 +1,229 @@
+"""Judges one hypervisor process (pure).
+
+Good means: the process is who it was; its own executable is mapped; every mapping of code or constants
+belongs to an approved file, in a segment that the last files reading found good, and is not
+writable; nothing else is executable but the vDSO; and no page differs from the file's. Under TCG, if
+the configuration accepts a JIT, the anonymous executable regions it had when it was first seen with
+any may stay or shrink; under KVM there is none.
+
+A file not known yet makes the process PENDING and is asked for. A process that is gone is PENDING too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from hostd.core.codes import Code
+from hostd.core.findings import Component, Finding, Severity, Status, Verdict
+from hostd.core.readings import EXEC, READ, WRITE
+from hostd.core.reference import DELETED
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from hostd.core.appraise_files import FileBook
+    from hostd.core.readings import AlteredPage, Hypervisor, Mapping, ProcessReading
+    from hostd.core.reference import Reference
+
+MAX_FINDINGS: Final = 64
+MAX_PROCESSES: Final = 8192
+VDSO: Final = "[vdso]"
+_REASONS: Final = {
+    "private": "a copy of the page",
+    "frame": "another page than the file's",
+    "swapped": "a copy of the page, swapped out",
+}
+
+Key = tuple[int, int]
+"""(pid, start time)."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A process as it was before."""
+
+    hypervisor: Hypervisor
+    jit: tuple[tuple[int, int], ...] = ()
+
+
+class Processes:
+    """What is kept of each process between its readings."""
+
+    def __init__(self, *, allow_jit: bool) -> None:
+        self._allow_jit = allow_jit
+        self._seen: dict[Key, _Seen] = {}
+
+    def keep_only(self, alive: Collection[Key]) -> None:
+        """Forgets processes that are not in the latest guests reading."""
+        for key in [key for key in self._seen if key not in alive]:
+            del self._seen[key]
+
+    def appraise(
+        self, component: Component, reading: ProcessReading, files: FileBook, reference: Reference
+    ) -> Verdict:
+        """Judges a reading that answers for `component`."""
+        hypervisor = reading.hypervisor
+        key = (hypervisor.pid, hypervisor.start_time)
+        if hypervisor.vm != component.vm or (key not in self._seen and len(self._seen) >= MAX_PROCESSES):
+            return Verdict(component, Status.PENDING)
+        judge = _Judge(component, hypervisor, files, reference)
+        seen = self._seen.setdefault(key, _Seen(hypervisor))
+        judge.identity(seen.hypervisor)
+        anonymous = [mapping for mapping in reading.mappings if mapping.file is None]
+        judge.anonymous(anonymous, self._regions(seen, anonymous))
+        for mapping in reading.mappings:
+            if mapping.file is not None:
+                judge.mapping(mapping, mapping.file)
+        judge.pages(reading)
+        verdict = judge.verdict(reading)
+        if not any(finding.code == Code.IDENTITY_CHANGED for finding in verdict.findings):
+            seen.hypervisor = hypervisor
+        return verdict
+
+    def _regions(self, seen: _Seen, anonymous: list[Mapping]) -> tuple[tuple[int, int], ...]:
+        """Where anonymous executable memory is accepted: where it was when there first was any."""
+        if not self._allow_jit or seen.hypervisor.accel != "tcg":
+            return ()
+        if not seen.jit:
+            seen.jit = tuple((mapping.start, mapping.end) for mapping in anonymous if mapping.name != VDSO)
+        return seen.jit
+
+
+class _Judge:
+    """Collects the findings of one reading."""
+
+    def __init__(
+        self, component: Component, hypervisor: Hypervisor, files: FileBook, reference: Reference
+    ) -> None:
+        self._component = component
+        self._now = hypervisor
+        self._subject = f"pid {hypervisor.pid} (vm {hypervisor.name or hypervisor.vm})"
+        self._files = files
+        self._reference = reference
+        self._found: list[Finding] = []
+        self._identify: set[int] = set()
+        self._named: set[int] = set()
+        self._unverified = False
+
+    def identity(self, before: Hypervisor) -> None:
+        """A process may give up root, get its CID and become a KVM machine while it starts; else it stays."""
+        now = self._now
+        for what, was, is_now, starting in (
+            ("uid", before.uid, now.uid, before.uid == 0),
+            ("CID", before.cid, now.cid, before.cid == 0),
+            ("accelerator", before.accel, now.accel, before.accel == "tcg"),
+            ("executable", _plain(before.executable), _plain(now.executable), False),
+            ("source", before.source, now.source, False),
+        ):
+            if was != is_now and not starting:
+                self._add(Code.IDENTITY_CHANGED, self._subject, f"{what} {was}", f"{what} {is_now}")
+
+    def anonymous(self, mappings: list[Mapping], accepted: tuple[tuple[int, int], ...]) -> None:
+        for mapping in mappings:
+            vdso = mapping.name == VDSO and mapping.protection == READ | EXEC
+            jit = any(start <= mapping.start and mapping.end <= end for start, end in accepted)
+            if vdso or jit:
+                continue
+            self._add(
+                Code.MAPPING_ANONYMOUS_EXEC,
+                self._subject,
+                "no executable memory without a file",
+                f"{_protection(mapping)} {mapping.name or 'anonymous'}",
+                f"{mapping.start:#x}-{mapping.end:#x}",
+            )
+
+    def mapping(self, mapping: Mapping, number: int) -> None:
+        if mapping.protection & WRITE:
+            executable = mapping.protection & EXEC
+            self._add(
+                Code.MAPPING_WRITABLE_EXEC if executable else Code.MAPPING_WRITABLE_CODE,
+                f"{self._subject}: {mapping.name}",
+                "not writable",
+                _protection(mapping),
+                f"{mapping.start:#x}-{mapping.end:#x}, file offset {mapping.offset:#x}",
+            )
+        known = self._files.known.get(number)
+        if known is None:
+            self._unknown(mapping, number)
+        elif not known.approved(self._reference):
+            self._unapproved(number, known.path, known.sha256)
+        elif not self._covered(mapping, number, known.size):
+            self._unverified = True
+            if not any(key[0] == number and key[1] == mapping.offset for key in known.tags):
+                self._identify.add(number)
+
+    def _unknown(self, mapping: Mapping, number: int) -> None:
+        reason = self._files.unreadable.get(number)
+        if reason is None:
+            self._identify.add(number)
+        elif number not in self._named:
+            self._named.add(number)
+            self._add(
+                Code.FILE_UNREADABLE, f"{self._subject}: {mapping.name}", "a file that is measured", reason
+            )
+
+    def _unapproved(self, number: int, path: str, digest: str) -> None:
+        if number in self._named:
+            return
+        self._named.add(number)
+        expected = self._reference.expected(path)
+        self._add(
+            Code.FILE_UNAPPROVED if expected else Code.FILE_UNKNOWN,
+            f"{self._subject}: {path}",
+            "SHA-256 " + " or ".join(expected) if expected else "no such file",
+            f"SHA-256 {digest}",
+        )
+
+    def _covered(self, mapping: Mapping, number: int, size: int) -> bool:
+        """Whether the last files reading found this range good. A segment ends at the file's last page."""
+        pages = -(-size // 4096) * 4096
+        length = min(mapping.end - mapping.start, pages - mapping.offset)
+        return (number, mapping.offset, length) in self._files.good
+
+    def pages(self, reading: ProcessReading) -> None:
+        for page in reading.altered:
+            self._page(page)
+        if reading.altered_total > len(reading.altered):
+            self._add(
+                Code.CODE_ALTERED, self._subject, "no altered page", f"{reading.altered_total} altered pages"
+            )
+
+    def _page(self, page: AlteredPage) -> None:
+        how = _REASONS.get(page.reason, page.reason)
+        same = page.expected == page.seen
+        self._add(
+            Code.CODE_ALTERED,
+            f"{self._subject}: {page.name}",
+            f"bytes {page.expected.hex(' ')}, the file's own page",
+            f"bytes {page.seen.hex(' ') or 'unreadable'}{' (the same)' if same else ''}, {how}",
+            f"address {page.address:#x}, file offset {page.file_offset:#x}",
+        )
+
+    def verdict(self, reading: ProcessReading) -> Verdict:
+        own = any(
+            mapping.protection & EXEC and mapping.name == reading.hypervisor.executable
+            for mapping in reading.mappings
+        )
+        findings = tuple(self._found)
+        identify = frozenset(sorted(self._identify)[:MAX_FINDINGS])
+        if findings:
+            return Verdict(self._component, Status.DRIFTED, findings, identify)
+        if identify or self._unverified or not own:
+            return Verdict(self._component, Status.PENDING, (), identify)
+        return Verdict(self._component, Status.VERIFIED)
+
+    def _add(self, code: Code, subject: str, expected: str, seen: str, where: str = "") -> None:
+        if len(self._found) < MAX_FINDINGS:
+            self._found.append(
+                Finding(str(self._component), code.value, Severity.CRITICAL, subject, expected, seen, where)
+            )
+
+
+def _plain(path: str) -> str:
+    return path.removesuffix(DELETED)
+
+
+def _protection(mapping: Mapping) -> str:
+    bits = mapping.protection
+    return ("r" if bits & READ else "-") + ("w" if bits & WRITE else "-") + ("x" if bits & EXEC else "-")

@@ -14,6 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509 import verification
 
+from guestlib.attest.certs import UNREADABLE, load_certificate
 from guestlib.attest.quote import crypto_key
 from guestlib.attest.steps import Step
 from guestlib.attest.tpm2 import parse_public
@@ -36,15 +37,14 @@ def verify_ek_certificate(
     Raises:
         VerificationError: it does not chain, is not for an EK, is not valid now, or is another key's.
     """
+    leaf = load_certificate(certificate, Step.ENDORSEMENT)
+    accepted = [load_certificate(root, Step.ENDORSEMENT).certificate for root in roots]
+    between = [load_certificate(der, Step.ENDORSEMENT).certificate for der in intermediates]
     try:
-        leaf = x509.load_der_x509_certificate(certificate)
-        store = verification.Store([x509.load_der_x509_certificate(root) for root in roots])
-        between = [x509.load_der_x509_certificate(der) for der in intermediates]
-        spki = leaf.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         ek = crypto_key(parse_public(ek_public))
-    except (ValueError, MalformedError) as error:
-        raise VerificationError(Step.ENDORSEMENT, f"not readable: {error}") from error
-    if spki != ek.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo):
+    except MalformedError as error:
+        raise VerificationError(Step.ENDORSEMENT, error.message) from error
+    if leaf.spki != ek.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo):
         raise VerificationError(Step.ENDORSEMENT, "the certificate is of another key than the EK")
     policy = (
         verification.ExtensionPolicy.permit_all()
@@ -53,15 +53,15 @@ def verify_ek_certificate(
     )
     verifier = (
         verification.PolicyBuilder()
-        .store(store)
+        .store(verification.Store(accepted))
         .time(now)
         .max_chain_depth(MAX_CHAIN_DEPTH)
         .extension_policies(ca_policy=verification.ExtensionPolicy.webpki_defaults_ca(), ee_policy=policy)
         .build_client_verifier()
     )
     try:
-        verifier.verify(leaf, between)
-    except verification.VerificationError as error:
+        verifier.verify(leaf.certificate, between)
+    except (verification.VerificationError, *UNREADABLE) as error:
         raise VerificationError(Step.ENDORSEMENT, f"no accepted maker vouches for it: {error}") from error
 
 

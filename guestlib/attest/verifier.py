@@ -30,12 +30,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from guestlib.attest import imalog
 from guestlib.attest.binding import evidence_qualifying
 from guestlib.attest.bundle import TrustBundle
+from guestlib.attest.certs import UNREADABLE, load_certificate
 from guestlib.attest.ekcert import verify_ek_certificate
 from guestlib.attest.evidence import Evidence, Statement, Status, encode_statement, parse_evidence
 from guestlib.attest.quote import VerifiedQuote, attestation_key, verify_quote
@@ -195,36 +194,16 @@ def _verify_claims(statement: Statement, bundle: TrustBundle) -> None:
 def _verify_channel_ca(statement: Statement, bundle: TrustBundle, now: datetime.datetime) -> bytes:
     if bundle.channel_ca is not None and statement.channel_ca != bundle.channel_ca:
         raise VerificationError(Step.CHANNEL_CA, "the channel CA is not the pinned one")
-    ca = _certificate(statement.channel_ca, Step.CHANNEL_CA)
-    _check_valid(ca, now, Step.CHANNEL_CA)
+    ca = load_certificate(statement.channel_ca, Step.CHANNEL_CA)
+    ca.check_valid(now, Step.CHANNEL_CA)
     try:
         constraints = ca.extensions.get_extension_for_class(x509.BasicConstraints).value
         usage = ca.extensions.get_extension_for_class(x509.KeyUsage).value
-        spki = ca.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    except (x509.ExtensionNotFound, ValueError, UnsupportedAlgorithm) as error:
+    except x509.ExtensionNotFound as error:
         raise VerificationError(Step.CHANNEL_CA, f"not a CA certificate: {error}") from error
     if not constraints.ca or not usage.key_cert_sign:
         raise VerificationError(Step.CHANNEL_CA, "not a CA certificate")
-    return hashlib.sha256(spki).digest()
-
-
-def _certificate(der: bytes, step: Step) -> x509.Certificate:
-    try:
-        certificate = x509.load_der_x509_certificate(der)
-        # Extensions are parsed when they are first asked for.
-        _ = certificate.extensions
-    except (ValueError, x509.DuplicateExtension) as error:
-        raise VerificationError(step, f"not a certificate: {error}") from error
-    return certificate
-
-
-def _check_valid(certificate: x509.Certificate, now: datetime.datetime, step: Step) -> None:
-    if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
-        raise VerificationError(
-            step,
-            f"valid from {certificate.not_valid_before_utc:%Y-%m-%dT%H:%M:%SZ} "
-            f"to {certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}, not now",
-        )
+    return hashlib.sha256(ca.spki).digest()
 
 
 def verify_channel(verified: VerifiedEvidence, leaf_der: bytes, now: datetime.datetime) -> None:
@@ -234,13 +213,14 @@ def verify_channel(verified: VerifiedEvidence, leaf_der: bytes, now: datetime.da
     Raises:
         VerificationError: it was not: the connection does not end in the host that gave the evidence.
     """
-    leaf = _certificate(leaf_der, Step.CHANNEL)
-    ca = _certificate(verified.statement.channel_ca, Step.CHANNEL)
+    leaf = load_certificate(leaf_der, Step.CHANNEL)
+    ca = load_certificate(verified.statement.channel_ca, Step.CHANNEL)
     try:
-        leaf.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
+        leaf.certificate.verify_directly_issued_by(ca.certificate)
+    except UNREADABLE as error:
         raise VerificationError(Step.CHANNEL, "not issued by the channel CA of the evidence") from error
-    _check_valid(leaf, now, Step.CHANNEL)
+    leaf.check_valid(now, Step.CHANNEL)
+    ca.check_valid(now, Step.CHANNEL)
     try:
         constraints = leaf.extensions.get_extension_for_class(x509.BasicConstraints).value
         usage = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value

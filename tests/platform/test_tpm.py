@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Embedded, make_embedded
+from support_tpm import Embedded, make_embedded
 
 from guestlib.attest.quote import attestation_key, verify_quote
 from guestlib.attest.tpm2 import parse_attest, parse_public

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from conftest import Embedded
+from support_tpm import Embedded
 
 from hostd.platform.tpm import Tpm
 from hostd.platform.tpm_errors import TpmBlobError

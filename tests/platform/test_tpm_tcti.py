@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Embedded
+from support_tpm import Embedded
 
 from hostd.platform.tpm_errors import TpmUnavailableError
 from hostd.platform.tpm_tcti import DeviceLink, SocketLink, check_response, open_link

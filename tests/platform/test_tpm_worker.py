@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import Embedded
+from support_tpm import Embedded
 
 from hostd.ipc.loop import Loop
 from hostd.platform.tpm_errors import TpmBusyError, TpmUnavailableError

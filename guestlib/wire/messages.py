@@ -44,6 +44,9 @@ class KeyInfo:
     created: str
     usage: tuple[str, ...]
     versions: tuple[KeyVersion, ...]
+    """The newest ones, oldest first."""
+    schemes: tuple[str, ...]
+    """Signature schemes, the default first; empty for a key that does not sign."""
     alias: str | None
 
 
@@ -213,6 +216,9 @@ class _Fields:
             raise TransportError(_NONSENSE)
         return tuple(values)
 
+    def optional_texts(self, name: str) -> tuple[str, ...]:
+        return () if self._object.get(name) is None else self.texts(name)
+
     def object(self, name: str) -> _Fields:
         return _Fields(self._object.get(name))
 
@@ -241,6 +247,7 @@ def _key(fields: _Fields) -> KeyInfo:
             KeyVersion(item.number("version"), item.text("state"), item.text("created"))
             for item in map(_Fields, fields.items("versions"))
         ),
+        schemes=fields.optional_texts("schemes"),
         alias=fields.optional_text("alias"),
     )
 

@@ -26,7 +26,7 @@ from hostd.gateway.requests import Hello, Request, RequestError
 if TYPE_CHECKING:
     from hostd.gateway.limits import Limits
 
-_ANSWER_BYTES: Final = {"GetEvidence": 256 << 10, "GetEvidenceLog": 132 << 10, "ListKeys": 64 << 10}
+_ANSWER_BYTES: Final = {"GetEvidence": 256 << 10, "GetEvidenceLog": 132 << 10, "ListKeys": 256 << 10}
 """Room for the answers that are larger than their requests."""
 _ANSWER_SLACK: Final = 1024
 """What any other answer may be longer than its request."""

@@ -146,7 +146,9 @@ def echo(operation: object) -> Answer:
 def key_info(key: str, alias: str | None = None) -> ops.KeyInfo:
     created = "2026-01-02T03:04:05Z"
     versions = (ops.KeyVersionInfo(1, "active", created),)
-    return ops.KeyInfo(key, "AES-256-GCM", "active", 1, created, ("encrypt", "decrypt"), versions, alias)
+    return ops.KeyInfo(
+        key, "AES-256-GCM", "active", 1, created, ("encrypt", "decrypt"), versions, alias=alias
+    )
 
 
 class SimulatedVault:
@@ -278,12 +280,12 @@ class SimulatedVault:
             self._drop(worker)
 
     def release(self) -> None:
-        """Answers what was held, with empty random bytes."""
+        """Answers what was held (as DescribeKey)."""
 
         def job() -> None:
             held, self.held = self.held, []
             for worker, call in held:
-                result = msgspec.msgpack.encode(ops.RandomResult(b"late"))
+                result = msgspec.msgpack.encode(ops.KeyResult(key_info("key-1")))
                 worker.send(Reply(call.seq, result, None))
 
         self.do(job)

@@ -100,7 +100,8 @@ class Verdict:
     status: Status
     findings: tuple[Finding, ...] = ()
     identify: frozenset[int] = frozenset()
-    """File ids whose identity must be read before this component can be good (status PENDING)."""
+    """Files whose identity should be read (`AskFile`), whatever the status. Under PENDING it is what the
+    component waits for; under VERIFIED it is what some process's component waits for."""
 
     def __post_init__(self) -> None:
         critical = any(f.severity is Severity.CRITICAL for f in self.findings)

@@ -26,16 +26,20 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Final
 
-from hostd.platform import tpm_maker
 from hostd.platform.tpm_errors import TpmError, TpmUnavailableError
-from hostd.platform.tpm_tcti import SocketLink
+from hostd.platform.tpm_tcti import SocketLink, check_response
 
 CA_FILE: Final = "ek-ca.pem"
 _STATE_FILE: Final = "tpm2-00.permall"
 _START_S: Final = 10.0
 _COMMAND_S: Final = 30.0
 _STOP_S: Final = 5.0
-_GET_TEST_RESULT: Final = bytes.fromhex("80010000000a0000017c")
+_GET_TEST_RESULT: Final = bytes.fromhex("8001 0000000a 0000017c")
+_SHUTDOWN: Final = bytes.fromhex("8001 0000000c 00000145 0000")
+_CLOSE_PLATFORM_HIERARCHY: Final = bytes.fromhex(
+    "8002 00000020 00000121 4000000c 00000009 40000009 0000 00 0000 4000000c 00"
+)
+"""TPM2_HierarchyControl(platform, platform, NO), empty password."""
 _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -52,6 +56,9 @@ def manufacture(state_dir: Path, *, now: datetime.datetime) -> None:
         FileExistsError: the directory is there: a TPM is never made over another.
         TpmUnavailableError: swtpm is not installed or does not start.
     """
+    # Only here: who starts and stops the TPM needs no TSS in its process.
+    from hostd.platform import tpm_maker
+
     if state_dir.exists():
         raise FileExistsError(f"{state_dir} exists")
     state_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -86,8 +93,9 @@ class Swtpm:
     def stop(self) -> None:
         """Shuts the TPM down in order (TPM2_Shutdown, then the process), by force if it hangs."""
         if self.process.poll() is None:
+            # TPM2_Shutdown(CLEAR): without it the next start counts as a power cut.
             with contextlib.suppress(TpmError):
-                tpm_maker.orderly_shutdown(partial(SocketLink, self.socket), command_s=_STOP_S)
+                _command(self.socket, _SHUTDOWN, _STOP_S)
         self._end()
 
     def kill(self) -> None:
@@ -118,7 +126,8 @@ def start(state_dir: Path, socket_path: Path, *, log: Path | None = None) -> Swt
         raise TpmUnavailableError(f"{state_dir}: no embedded TPM was made here")
     swtpm = _spawn(state_dir, socket_path, log)
     try:
-        tpm_maker.close_platform_hierarchy(partial(SocketLink, socket_path), command_s=_COMMAND_S)
+        # As firmware does before it boots the system.
+        _command(socket_path, _CLOSE_PLATFORM_HIERARCHY, _COMMAND_S)
     except BaseException:
         swtpm.kill()
         raise
@@ -167,6 +176,18 @@ def _spawn(state_dir: Path, socket_path: Path, log: Path | None) -> Swtpm:
             swtpm.kill()
             raise
     return swtpm
+
+
+def _command(path: Path, command: bytes, within_s: float) -> None:
+    """One command that must succeed.
+
+    Raises:
+        TpmUnavailableError: no answer, or a refusal.
+    """
+    response = SocketLink(path).exchange(command, time.monotonic() + within_s)
+    check_response(response)
+    if any(response[6:10]):
+        raise TpmUnavailableError(f"{path}: the TPM answers 0x{response[6:10].hex()}")
 
 
 def _die_with_parent(parent: int) -> None:

@@ -236,11 +236,14 @@ class Tpm:
             raise TpmBlobError("sealed file: its PCR values are not those of its policy")
         keys = self._open_keys()
         with self._esys.flushing(self._load(keys.srk, private, public)) as sealed:
+            secret = self._unseal_loaded(keys.srk, sealed, values)
             try:
-                return self._unseal_loaded(keys.srk, sealed, values)
-            finally:
                 # Overwrites ESAPI's buffer, which still holds the decrypted response.
                 self.read_pcrs(_SCRUB_PCRS)
+            except BaseException:
+                secret[:] = bytes(len(secret))
+                raise
+            return secret
 
     def _load(self, srk: Handle, private: Any, public: Any) -> Handle:
         try:

@@ -24,7 +24,7 @@ from hostd.platform.tpm_tcti import Link
 from hostd.platform.tpm_templates import ESYS_TR
 
 # isort: split
-from tpm2_pytss.constants import TPM2_ALG, TPMA_NV
+from tpm2_pytss.constants import TPM2_ALG, TPM2_SU, TPMA_NV
 from tpm2_pytss.types import TPM2B_NV_PUBLIC, TPML_PCR_SELECTION, TPMS_NV_PUBLIC
 from tpm2_pytss.utils import NoSuchIndex, create_ek_template
 
@@ -54,13 +54,13 @@ def allocate_sha256_only(connect: Callable[[], Link], *, command_s: float) -> No
             bytes.fromhex("00000004000b03ffffff000403000000000c03000000000d03000000")
         )
         esys.call("PCR_Allocate", lambda e: e.pcr_allocate(banks))
-        shutdown(esys)
+        _shutdown(esys)
     finally:
         esys.close()
 
 
 def certify(connect: Callable[[], Link], *, now: datetime.datetime, command_s: float) -> Made:
-    """Derives and certifies the endorsement key, and closes the platform hierarchy as firmware does."""
+    """Derives the endorsement key, certifies it and stores the certificate."""
     esys = Esys(connect, command_s)
     try:
         _none, template = create_ek_template("EK-ECC256", _no_nv)
@@ -70,36 +70,13 @@ def certify(connect: Callable[[], Link], *, now: datetime.datetime, command_s: f
         esys.flush(ek)
         made = _issue(public.to_der(), now)
         _store(esys, made.ek_certificate)
-        shutdown(esys)
+        _shutdown(esys)
     finally:
         esys.close()
     return made
 
 
-def orderly_shutdown(connect: Callable[[], Link], *, command_s: float) -> None:
-    """TPM2_Shutdown(CLEAR): without it the next start counts as a power cut."""
-    esys = Esys(connect, command_s)
-    try:
-        shutdown(esys)
-    finally:
-        esys.close()
-
-
-def close_platform_hierarchy(connect: Callable[[], Link], *, command_s: float) -> None:
-    """Disables the platform hierarchy until the next start, as firmware does before it boots the system."""
-    esys = Esys(connect, command_s)
-    try:
-        esys.call(
-            "HierarchyControl",
-            lambda e: e.hierarchy_control(ESYS_TR.PLATFORM, ESYS_TR.PLATFORM, False),
-        )
-    finally:
-        esys.close()
-
-
-def shutdown(esys: Esys) -> None:
-    from tpm2_pytss.constants import TPM2_SU
-
+def _shutdown(esys: Esys) -> None:
     esys.call("Shutdown", lambda e: e.shutdown(TPM2_SU.CLEAR))
 
 

@@ -127,7 +127,11 @@ class SocketLink:
 
 
 class DeviceLink:
-    """A TPM character device, held open: the kernel's resource manager keeps a space for each open file."""
+    """A TPM character device, held open: the kernel's resource manager keeps a space for each open file.
+
+    While the driver runs a command it holds the lock that poll takes, so against a hung chip this
+    deadline may be late by the driver's own; that of `TpmWorker` is not.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path

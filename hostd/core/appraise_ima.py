@@ -41,6 +41,8 @@ class ImaLog:
     def _start_over(self) -> None:
         self.position = 0
         """Bytes of the log that were judged: what to ask from next."""
+        self.entries = 0
+        """Entries in those bytes."""
         self.pcr10 = PCR_START
         """Replay of all of them."""
         self._boot_id = ""
@@ -70,6 +72,7 @@ class ImaLog:
         for entry in entries:
             self._judge(entry, reference)
             self.pcr10 = extend(self.pcr10, entry)
+            self.entries += 1
             self._states.append((reading.offset + entry.end, self.pcr10))
         self.position = reading.offset + len(reading.data)
         findings = self._findings(reference)
@@ -77,6 +80,11 @@ class ImaLog:
             return Verdict(IMA, Status.DRIFTED, findings)
         # A log without its first entry, boot_aggregate, is none.
         return Verdict(IMA, Status.VERIFIED if self.position and not reading.more else Status.PENDING)
+
+    @property
+    def boot_id(self) -> str:
+        """The boot whose log it is; empty before the first reading."""
+        return self._boot_id
 
     def matches(self, pcr10: bytes) -> int | None:
         """The byte up to which the log replays to this value of PCR 10 (SHA-256 bank); None: nowhere,

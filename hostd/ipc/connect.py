@@ -27,7 +27,9 @@ BACKLOG: Final = 64
 def listen(path: Path, *, mode: int, owner: int | None = None) -> socket.socket:
     """A listening unix socket at `path`, replacing a stale one.
 
-    The socket appears under its name only when mode and owner are right.
+    `owner` is the one uid that may connect. Root gives the socket to it; another user cannot, and
+    opens the mode instead: the caller checks the peer's uid in any case. The socket appears under
+    its name only when mode and owner are right.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
@@ -39,10 +41,10 @@ def listen(path: Path, *, mode: int, owner: int | None = None) -> socket.socket:
     finally:
         os.umask(before)
     sock.listen(BACKLOG)
-    if owner is not None and owner != os.geteuid() and os.geteuid() == 0:
-        temporary.chmod(0o600)
+    foreign = owner is not None and owner != os.geteuid()
+    temporary.chmod(0o666 if foreign and os.geteuid() != 0 else mode)
+    if owner is not None and foreign and os.geteuid() == 0:
         os.chown(temporary, owner, -1)
-    temporary.chmod(mode)
     temporary.replace(path)
     return sock
 

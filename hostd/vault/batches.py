@@ -13,12 +13,12 @@ on reading meanwhile.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from guestlib.attest.binding import pass_qualifying
 from guestlib.errors import CallerError, HostdError, RefusedDriftError, UnavailableError
-from hostd.core.findings import BOOT, IMA, Finding, Kind, Severity, Status
+from hostd.core.findings import BOOT, FILES, IMA, Finding, Kind, Severity, Status
 from hostd.ipc.serving import Receipt
 from hostd.platform.tpm_errors import TpmError
 from hostd.vault.ledger import Entry
@@ -35,8 +35,12 @@ if TYPE_CHECKING:
     from hostd.vault.store import Store
     from hostd.vault.tpmlink import Quoted, TpmLink
 
+IMA_PCR: Final = 10
 CONFIRM_S: Final = 5.0
 """For the second look. Over it the batch is withheld."""
+MAX_PENDING: Final = 16
+"""Readings of the second look that may be pending (a file being mapped, a VM that ends) before what is
+still pending is withheld: a VM that goes away does not hold up the others."""
 
 
 @dataclass(slots=True)
@@ -68,6 +72,9 @@ class _Batch:
     quoted: Quoted | None = None
     quoted_at: int = 0
     deadline: float = 0.0
+    tries: dict[Component, int] = field(default_factory=dict)
+    """Number of the last reading of a component that was pending in the second look."""
+    pending: int = 0
 
 
 class Batches:
@@ -213,20 +220,29 @@ class Batches:
         batch = self._batch
         if batch is None or batch.quoted is None:
             return
-        stamps = self._gate.stamps
-        open_ = False
-        for component in batch.confirm:
-            stamp = stamps.get(component)
-            seen = stamp is not None and stamp.started >= batch.quoted_at
-            if seen and stamp is not None and stamp.status is not Status.PENDING:
-                continue
-            open_ = True
-            if component not in self._measuring.busy and self._measuring.ready:
-                self._gate.asked(component, time.monotonic_ns())
-                self._measuring.ask(component)
-        if open_ and not self.overdue:
+        unseen = [c for c in batch.confirm if not self._looked_at(batch, c)]
+        if unseen and not self.overdue:
+            # What is pending (a file just mapped) needs its content too before it can be good.
+            again = any(batch.tries.get(c) for c in unseen)
+            for component in (*unseen, FILES) if again else unseen:
+                if component not in self._measuring.busy and self._measuring.ready:
+                    self._gate.asked(component, time.monotonic_ns())
+                    self._measuring.ask(component)
             return
         self._finish(batch)
+
+    def _looked_at(self, batch: _Batch, component: Component) -> bool:
+        """Whether the second look at a component has come to something."""
+        stamp = self._gate.stamps.get(component)
+        if stamp is None or stamp.started < batch.quoted_at:
+            return False
+        if stamp.status is not Status.PENDING:
+            return True
+        tries = batch.tries.setdefault(component, 0)
+        if tries < stamp.number:
+            batch.tries[component] = stamp.number
+            batch.pending += 1
+        return batch.pending > MAX_PENDING
 
     def _finish(self, batch: _Batch) -> None:
         self._batch = None
@@ -260,8 +276,14 @@ class Batches:
         self._counters.observe("hostd_batch_seconds", (time.monotonic_ns() - batch.began) / 1e9)
 
     def _replays(self, batch: _Batch) -> bool:
+        """Whether the log, read after the quote, leads to the PCR 10 in it."""
         assert batch.quoted is not None
-        return self._measuring.appraiser.ima_matches(batch.quoted.pcrs[10])
+        judge = self._measuring.appraiser
+        position = None if judge is None else judge.ima.matches(batch.quoted.pcrs[IMA_PCR])
+        if judge is None or position is None:
+            return False
+        judge.ima.settle(position)
+        return True
 
     def _log_mismatch(self, batch: _Batch) -> Finding:
         assert batch.quoted is not None
@@ -270,7 +292,7 @@ class Batches:
             code="ima-log-mismatch",
             severity=Severity.CRITICAL,
             subject="IMA measurement log",
-            expected=f"a log that replays to PCR 10 {batch.quoted.pcrs[10].hex()}",
+            expected=f"a log that replays to PCR {IMA_PCR} {batch.quoted.pcrs[IMA_PCR].hex()}",
             seen="another log",
         )
 

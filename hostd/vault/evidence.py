@@ -83,9 +83,9 @@ def statement_for(
     that follows may cover more, never less."""
     claims = claims_for(caller, gate)
     ima = None
-    appraiser = measuring.appraiser
-    if appraiser.ima_boot_id and gate.stamps.get(IMA) is not None:
-        ima = ImaPosition(appraiser.ima_boot_id, appraiser.ima_position, appraiser.ima_entries)
+    log = None if measuring.appraiser is None else measuring.appraiser.ima
+    if log is not None and log.boot_id and gate.stamps.get(IMA) is not None:
+        ima = ImaPosition(log.boot_id, log.position, log.entries)
     return Statement(
         nonce=nonce,
         issued=now.astimezone(datetime.UTC).replace(microsecond=0),

@@ -87,7 +87,7 @@ class Measuring:
         *,
         uid: int,
         deadline_s: float,
-        new_appraiser: Callable[[], Appraiser],
+        new_appraiser: Callable[[], Appraiser | None],
         listener: Listener,
     ) -> None:
         self._loop = loop
@@ -100,6 +100,7 @@ class Measuring:
         self._channel: Channel[measuring.Response] | None = None
         self._greeted = False
         self.appraiser = new_appraiser()
+        """None: there are no reference values to judge against, and nothing is read."""
         self.ima_log = bytearray()
         """The log as far as it was read since the measurer's last greeting; verifiers ask for it."""
         self._connector = Connector(
@@ -179,13 +180,14 @@ class Measuring:
 
     @property
     def has_room(self) -> bool:
-        return self.ready and len(self.busy) < MAX_READINGS
+        return self.ready and self.appraiser is not None and len(self.busy) < MAX_READINGS
 
     def ask(self, component: Component, *, started: int | None = None) -> None:
         """Asks for one reading of a component. `started` is set when a reading goes on."""
         asked = self._next(self._deadline_s, started=started)
         asked.component = component
-        position = self.appraiser.ima_position if component.kind is Kind.IMA else 0
+        judge = self.appraiser
+        position = judge.ima.position if judge is not None and component.kind is Kind.IMA else 0
         self._send(asked, measuring.Ask(asked.seq, component.kind, component.vm, position))
 
     def who(self, cid: int, pid: int, told: Callable[[Reading], None]) -> None:
@@ -279,10 +281,9 @@ class Measuring:
             self._on_reading(asked, asked.component, reading, cost_ns)
         elif asked.raw is not None:
             asked.raw(reading)
-        elif isinstance(reading, FileIdentity) and reading.file == asked.file:
-            self.appraiser.learn(reading)
-            self._identify()
-        elif isinstance(reading, Missing):
+        elif isinstance(reading, FileIdentity | Missing):
+            if self.appraiser is not None:
+                self.appraiser.learn(asked.file, reading)
             self._identify()
         else:
             self._lose("the measurer answered what was not asked")
@@ -291,7 +292,9 @@ class Measuring:
         if not isinstance(reading, EXPECTED[component.kind] | Missing):
             self._lose("the measurer answered what was not asked")
             return
-        verdict = self.appraiser.appraise(reading, component)
+        if self.appraiser is None:
+            return
+        verdict = self.appraiser.appraise(component, reading)
         if isinstance(reading, ImaReading) and reading.offset == len(self.ima_log):
             self.ima_log += reading.data
             if len(self.ima_log) > MAX_LOG_BYTES:

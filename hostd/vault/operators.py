@@ -6,6 +6,7 @@ closed gate or mend it do not; they are recorded all the same.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +17,7 @@ from guestlib.errors import HostdError, MalformedError, NotFoundError, Unavailab
 from hostd.core.callers import Caller, host_principal, vm_principal
 from hostd.core.findings import Component, Kind, process_of
 from hostd.core.merkle import Tree, leaf_hash
-from hostd.core.reference import ReferenceValuesError, parse_reference
+from hostd.core.reference import MalformedReferenceError, encode_reference, parse_reference, reference_digest
 from hostd.ipc import operating as adm
 from hostd.ipc.channel import Channel, ChannelError
 from hostd.ipc.connect import accept, listen
@@ -218,8 +219,7 @@ class Operators:
             if isinstance(result, HostdError):
                 self._refuse(connection, seq, result)
             else:
-                reference = parse_reference(result)
-                self._answer(connection, seq, adm.Document(result, reference.digest.hex()))
+                self._answer(connection, seq, adm.Document(result, hashlib.sha256(result).hexdigest()))
             self._vault.kick()
 
         Capture(self._vault.config, self._vault.measuring, self._loop, told).start()
@@ -227,16 +227,18 @@ class Operators:
     def _install(self, connection: _Connection, seq: int, command: adm.InstallBaseline) -> None:
         try:
             reference = parse_reference(command.document)
-        except ReferenceValuesError as error:
+        except MalformedReferenceError as error:
             raise MalformedError(str(error)) from error
         self._vault.install_reference(reference, command.document, connection.officer.principal)
-        self._answer(connection, seq, adm.Document(b"", reference.digest.hex()))
+        self._answer(connection, seq, adm.Document(b"", reference_digest(reference).hex()))
 
     def _show_baseline(self, connection: _Connection, seq: int, _command: adm.ShowBaseline) -> None:
         reference = self._vault.reference
         if reference is None:
             raise NotFoundError("no reference values are in force")
-        self._answer(connection, seq, adm.Document(reference.encode(), reference.digest.hex()))
+        self._answer(
+            connection, seq, adm.Document(encode_reference(reference), reference_digest(reference).hex())
+        )
 
     def _list_drift(self, connection: _Connection, seq: int, _command: adm.ListDrift) -> None:
         lines = tuple(
@@ -286,14 +288,14 @@ class Operators:
 
     def _trust_bundle(self, connection: _Connection, seq: int, _command: adm.TrustBundle) -> None:
         vault = self._vault
-        if vault.channel_ca is None or vault.reference is None:
+        if vault.channel_ca is None or vault.reference_digest is None:
             raise UnavailableError("the keys are not unsealed or no reference values are in force")
         bundle = TrustBundle(
             require=frozenset({*vault.config.measure.require, str(Kind.PROCESS)}),
             aks=(vault.tpm.record.ak_public,),
             channel_ca=vault.channel_ca.certificate_der,
             pcrs=tuple((i, frozenset({v})) for i, v in sorted(vault.tpm.sealed_to.items())),
-            reference=frozenset({vault.reference.digest}),
+            reference=frozenset({vault.reference_digest}),
         )
         document = encode_bundle(bundle)
         self._answer(connection, seq, adm.Document(document, ""))

@@ -18,10 +18,10 @@ import msgspec
 from guestlib.attest.binding import evidence_qualifying
 from guestlib.attest.evidence import Evidence, QuotedBytes, encode_evidence, encode_statement
 from guestlib.errors import HostdError, RefusedDriftError, UnavailableError
-from hostd.core.appraisal import Appraiser
+from hostd.core.appraisal import Appraiser, Rules
 from hostd.core.findings import GUESTS, Component, Finding, Kind, Severity, Status, Verdict
 from hostd.core.readings import GuestsReading, Reading
-from hostd.core.reference import Reference, ReferenceValuesError, parse_reference
+from hostd.core.reference import MalformedReferenceError, Reference, parse_reference, reference_digest
 from hostd.ipc import operating
 from hostd.ipc import operations as ops
 from hostd.platform.secretmem import SecretBuffer
@@ -73,6 +73,7 @@ class Vault:
         self.mint = Mint(loop)
         self.service = Service(self.store, self.keyring, self.mint)
         self.reference: Reference | None = None
+        self.reference_digest: bytes | None = None
         self.channel_ca: ChannelCa | None = None
         self._channel_ca_digest = bytes(32)
         self._unsealing = False
@@ -155,13 +156,14 @@ class Vault:
     def _apply_shut(self) -> None:
         self.gate.shut = next(iter(self.shut_reasons.values()), None)
 
-    def _new_appraiser(self) -> Appraiser:
-        hypervisor, measure = self.config.hypervisor, self.config.measure
-        return Appraiser(self.reference, allow_jit=hypervisor.allow_jit, protected=measure.protected)
+    def _new_appraiser(self) -> Appraiser | None:
+        if self.reference is None:
+            return None
+        rules = Rules(allow_jit=self.config.hypervisor.allow_jit, protected=self.config.measure.protected)
+        return Appraiser(self.reference, rules)
 
     def _evidence_digest(self, passed: Pass) -> bytes:
-        reference = self.reference.digest if self.reference else bytes(32)
-        return pass_digest(passed, reference, self._channel_ca_digest)
+        return pass_digest(passed, self.reference_digest or bytes(32), self._channel_ca_digest)
 
     # ── Keys: unsealing, locking, reference values ────────────────────────────────────────────────
 
@@ -194,7 +196,7 @@ class Vault:
                 self._channel_ca_digest = spki_digest(self.channel_ca.certificate_der)
             self._load_reference()
             self.store.commit()
-        except (IntegrityError, ReferenceValuesError) as error:
+        except (IntegrityError, MalformedReferenceError) as error:
             self.lock()
             self.set_shut("keys", f"the store is not this host's, or was altered: {error}")
             self.record("unseal", outcome="failed", detail=str(error))
@@ -211,6 +213,7 @@ class Vault:
 
     def _use_reference(self, reference: Reference) -> None:
         self.reference = reference
+        self.reference_digest = reference_digest(reference)
         self.set_shut("reference", None)
         self.measuring.restart()
 
@@ -220,8 +223,9 @@ class Vault:
         Raises:
             UnavailableError: the keys are locked (the document is stored under them).
         """
+        digest = reference_digest(reference).hex()
         self.store.set_meta("reference", self.keyring.wrap_service_key("reference", document))
-        self.record("baseline", principal=officer, detail=f"reference values {reference.digest.hex()}")
+        self.record("baseline", principal=officer, detail=f"reference values {digest}")
         self.store.commit()
         self._use_reference(reference)
 
@@ -398,7 +402,7 @@ class Vault:
             ledger=self.ledger,
             tpm=self.tpm.record,
             channel_ca=self.channel_ca.certificate_der,
-            reference=self.reference.digest if self.reference else None,
+            reference=self.reference_digest,
         )
 
         def told(result: Quoted | TpmError) -> None:
@@ -460,7 +464,7 @@ class Vault:
             gate="closed" if self.gate.shut or self.gate.host_drifted() else "open",
             reason=f"drift of {drifted}" if drifted else self.gate.shut or "",
             passes=self.gate.passes,
-            reference=self.reference.digest.hex() if self.reference else "",
+            reference=(self.reference_digest or b"").hex(),
             components=components,
             keys_unlocked=self.keyring.unlocked,
             tpm=self.config.tpm.device,

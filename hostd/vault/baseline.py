@@ -1,0 +1,143 @@
+"""Capturing a baseline: everything the measurer can see now, gathered into proposed reference values.
+
+Nothing comes into force here: an officer reviews the document and installs it. The steps run one
+after the other on the measurer's connection; the whole has a bound in time.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import TYPE_CHECKING, Final
+
+from guestlib.attest.imalog import MalformedLogError, parse_entries
+from guestlib.errors import HostdError, UnavailableError
+from hostd.core.findings import FILES, GUESTS, IMA, POSTURE, process_of
+from hostd.core.readings import (
+    FileIdentity,
+    FilesReading,
+    GuestsReading,
+    Hypervisor,
+    ImaReading,
+    Missing,
+    PostureReading,
+    Reading,
+)
+from hostd.core.reference import build_baseline, encode_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hostd.config import Config
+    from hostd.ipc.loop import Loop
+    from hostd.vault.measuring import Measuring
+
+CAPTURE_S: Final = 900.0
+"""A survey of a whole system, emulated."""
+
+
+class Capture:
+    """One capture; `told` is called once, with the document or the error."""
+
+    def __init__(
+        self,
+        config: Config,
+        measuring: Measuring,
+        loop: Loop,
+        told: Callable[[bytes | HostdError], None],
+    ) -> None:
+        self._config = config
+        self._measuring = measuring
+        self._told = told
+        self._done = False
+        self._hypervisors: list[Hypervisor] = []
+        self._posture: PostureReading | None = None
+        self._files: list[FileIdentity] = []
+        self._to_identify: list[int] = []
+        self._log = bytearray()
+        self._surveyed: dict[str, bytes] = {}
+        self._timer = loop.call_after(CAPTURE_S, lambda: self._fail("the capture took too long"))
+
+    def start(self) -> None:
+        self._measuring.read(GUESTS, 0, self._on_guests)
+
+    def _fail(self, reason: str) -> None:
+        if not self._done:
+            self._done = True
+            self._timer.cancel()
+            self._told(UnavailableError(f"no baseline: {reason}"))
+
+    def _on_guests(self, reading: Reading) -> None:
+        if not isinstance(reading, GuestsReading):
+            self._fail("the hypervisor processes cannot be found")
+            return
+        if reading.unknown:
+            self._fail(f"unknown processes hold vsock devices: {'; '.join(reading.unknown)}")
+            return
+        self._hypervisors = [h for h in reading.hypervisors if h.vm]
+        self._processes(list(self._hypervisors))
+
+    def _processes(self, left: list[Hypervisor]) -> None:
+        """Reads each hypervisor process, so that the measurer knows every file one has mapped."""
+        if not left:
+            self._measuring.read(FILES, 0, self._on_files)
+            return
+        vm = left.pop().vm
+        self._measuring.read(process_of(vm), 0, lambda _reading: self._processes(left))
+
+    def _on_files(self, reading: Reading) -> None:
+        if isinstance(reading, FilesReading):
+            self._to_identify = sorted({s.file for s in reading.segments})
+        self._identify()
+
+    def _identify(self) -> None:
+        if not self._to_identify:
+            self._measuring.read(POSTURE, 0, self._on_posture)
+            return
+        self._measuring.identify(self._to_identify.pop(), self._on_identity)
+
+    def _on_identity(self, reading: Reading) -> None:
+        if isinstance(reading, FileIdentity):
+            self._files.append(reading)
+        self._identify()
+
+    def _on_posture(self, reading: Reading) -> None:
+        if not isinstance(reading, PostureReading):
+            self._fail("the kernel's posture cannot be read")
+            return
+        self._posture = reading
+        self._measuring.read(IMA, 0, self._on_ima)
+
+    def _on_ima(self, reading: Reading) -> None:
+        if isinstance(reading, ImaReading):
+            self._log += reading.data
+            if reading.more:
+                self._measuring.read(IMA, len(self._log), self._on_ima)
+                return
+        elif not (isinstance(reading, Missing) and reading.absent):
+            self._fail("the IMA log cannot be read")
+            return
+        self._measuring.survey(self._config.measure.survey, self._on_survey)
+
+    def _on_survey(self, files: dict[str, bytes] | None) -> None:
+        if files is None or self._posture is None:
+            self._fail("the measurer was lost")
+            return
+        if self._done:
+            return
+        self._done = True
+        self._timer.cancel()
+        try:
+            reference = build_baseline(
+                version=1,
+                created=int(time.time()),
+                host=socket.gethostname() or "localhost",
+                posture=self._posture,
+                files=self._files,
+                survey=files,
+                log=parse_entries(bytes(self._log)),
+            )
+        except (ValueError, MalformedLogError) as error:
+            self._told(UnavailableError(f"no baseline: {error}"))
+            return
+        self._told(encode_reference(reference))

@@ -14,11 +14,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import ssl
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from guestlib import errors
+from guestlib.attest.bundle import MAX_BUNDLE_BYTES, TrustBundle, parse_bundle
 from guestlib.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client
 from guestlib.trust import Trust
 from guestlib.wire import messages
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 DEFAULT_TRUST: Final = "/etc/hostd/trust.json"
 MAX_INPUT_BYTES: Final = 1 << 20
 """Read from a file; what the host takes is less and the host says so."""
-MAX_TRUST_BYTES: Final = 4 << 20
 MAX_LOG_BYTES: Final = 256 << 20
 
 _HINTS: Final[dict[type[errors.HostdError], str]] = {
@@ -86,26 +87,21 @@ def read_bytes(name: str, limit: int = MAX_INPUT_BYTES) -> bytes:
     return data
 
 
-def read_bundle(name: str) -> Any:
-    """The trust bundle, by the parser that attestation uses."""
-    data = read_bytes(name, MAX_TRUST_BYTES)
-    from guestlib.attest.bundle import parse_bundle
-
-    return parse_bundle(data)
+def read_bundle(name: str) -> TrustBundle:
+    try:
+        return parse_bundle(read_bytes(name, MAX_BUNDLE_BYTES))
+    except errors.MalformedError as error:
+        raise UsageError(f"{name}: {error.message}") from None
 
 
 def read_trust(options: argparse.Namespace) -> Trust:
-    """From the bundle: attestation; with --channel-ca-only, the PEM in its `channel_ca` alone."""
+    """From the bundle: attestation; with --channel-ca-only, its `channel_ca` alone."""
+    bundle = read_bundle(options.trust)
     if not options.channel_ca_only:
-        return Trust.attested(read_bundle(options.trust))
-    try:
-        bundle = json.loads(read_bytes(options.trust, MAX_TRUST_BYTES))
-    except ValueError:
-        raise UsageError(f"{options.trust}: not JSON") from None
-    pem = bundle.get("channel_ca") if isinstance(bundle, dict) else None
-    if not isinstance(pem, str):
-        raise UsageError(f"{options.trust}: it has no `channel_ca`")
-    return Trust.channel_ca(pem)
+        return Trust.attested(bundle)
+    if bundle.channel_ca is None:
+        raise UsageError(f"{options.trust}: it pins no `channel_ca`")
+    return Trust.channel_ca(ssl.DER_cert_to_PEM_cert(bundle.channel_ca))
 
 
 def parse_aad(pairs: Sequence[str]) -> dict[str, str]:

@@ -95,8 +95,11 @@ def _connects(gateway: GatewayProcess, vault: SimulatedVault) -> bool:
 def test_workers_are_bounded(start: Callable[..., GatewayProcess], vault: SimulatedVault) -> None:
     gateway = start(workers=1)
     with Guest(gateway.path, vault.ca.pem):
-        program = f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({str(gateway.path)!r}); print(s.recv(1))"
-        other = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=10, check=True)
+        program = (
+            "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(1))"
+        )
+        command = [sys.executable, "-c", program, str(gateway.path)]
+        other = subprocess.run(command, capture_output=True, timeout=10, check=True)
         assert other.stdout.strip() == b"b''"
         assert len(vault.binds) == 1
 

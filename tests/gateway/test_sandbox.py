@@ -40,13 +40,28 @@ def inside(attempt: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "attempt",
     [
-        "open('/etc/passwd')", "open('/proc/self/mem')", "os.open('x', os.O_CREAT)", "os.stat('/')", "os.listdir('/')",
-        "os.unlink('/nonexistent')", "os.chdir('/')", "socket.socket()", "socket.socketpair()",
-        "target.connect('/nonexistent')", "target.bind('')", "os.kill(1, 0)", "os.setuid(1)", "os.memfd_create('x')",
-        "os.pipe()", "os.dup(0)", "mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC)",
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))", "os.pidfd_open(os.getpid())", "bytearray(2 << 30)",
+        "open('/etc/passwd')",
+        "open('/proc/self/mem')",
+        "os.open('x', os.O_CREAT)",
+        "os.stat('/')",
+        "os.listdir('/')",
+        "os.unlink('/nonexistent')",
+        "os.chdir('/')",
+        "socket.socket()",
+        "socket.socketpair()",
+        "target.connect('/nonexistent')",
+        "target.bind('')",
+        "os.kill(1, 0)",
+        "os.setuid(1)",
+        "os.memfd_create('x')",
+        "os.pipe()",
+        "os.dup(0)",
+        "mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC)",
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))",
+        "os.pidfd_open(os.getpid())",
+        "bytearray(2 << 30)",
     ],
-)  # fmt: skip
+)
 def test_refused(attempt: str) -> None:
     result = inside(attempt)
     assert result.stdout.startswith("refused"), (result.stdout, result.stderr)
@@ -54,9 +69,15 @@ def test_refused(attempt: str) -> None:
 
 @pytest.mark.parametrize(
     "attempt",
-    ["os.execv('/bin/true', ['true'])", "os.fork()", "threading.Thread(target=print).start()",
-     "libc.ptrace(0, 0, 0, 0)", "libc.process_vm_readv(1, 0, 0, 0, 0, 0)", "libc.unshare(0)"],
-)  # fmt: skip
+    [
+        "os.execv('/bin/true', ['true'])",
+        "os.fork()",
+        "threading.Thread(target=print).start()",
+        "libc.ptrace(0, 0, 0, 0)",
+        "libc.process_vm_readv(1, 0, 0, 0, 0, 0)",
+        "libc.unshare(0)",
+    ],
+)
 def test_fatal(attempt: str) -> None:
     assert inside(attempt).returncode == -signal.SIGSYS
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def run(gateway: GatewayProcess, vault: SimulatedVault) -> Callable[..., subprocess.CompletedProcess[bytes]]:
     trust = gateway.run / "trust.json"
-    trust.write_text(json.dumps({"channel_ca": vault.ca.pem}))
+    trust.write_text(json.dumps({"format": "hostd-trust/1", "require": ["ima"], "channel_ca": vault.ca.pem}))
 
     def make(*arguments: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         head = [
@@ -36,8 +36,12 @@ def run(gateway: GatewayProcess, vault: SimulatedVault) -> Callable[..., subproc
         ]
         return subprocess.run(
             [sys.executable, "-m", "guestlib.cli", *head, *arguments],
-            input=data, capture_output=True, cwd=ROOT, timeout=20, check=False,
-        )  # fmt: skip
+            input=data,
+            capture_output=True,
+            cwd=ROOT,
+            timeout=20,
+            check=False,
+        )
 
     return make
 
@@ -69,12 +73,19 @@ def test_signatures(run: Callable[..., subprocess.CompletedProcess[bytes]], run_
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (["nonsense"], 2), (["encrypt", "k", "/nonexistent"], 2), (["encrypt", "k", "--aad", "x"], 2),
-        (["shred", "k"], 2), (["data-key", "k"], 2), (["describe-key", "missing"], 3), (["random", "0"], 3),
-        (["--address", "unix:/nonexistent", "health"], 5), (["--address", "tcp:1", "health"], 2),
-        (["--trust", "/nonexistent", "health"], 2), (["--timeout", "1", "describe-key", "hold"], 5),
+        (["nonsense"], 2),
+        (["encrypt", "k", "/nonexistent"], 2),
+        (["encrypt", "k", "--aad", "x"], 2),
+        (["shred", "k"], 2),
+        (["data-key", "k"], 2),
+        (["describe-key", "missing"], 3),
+        (["random", "0"], 3),
+        (["--address", "unix:/nonexistent", "health"], 5),
+        (["--address", "tcp:1", "health"], 2),
+        (["--trust", "/nonexistent", "health"], 2),
+        (["--timeout", "1", "describe-key", "hold"], 5),
     ],
-)  # fmt: skip
+)
 def test_exit_codes(
     run: Callable[..., subprocess.CompletedProcess[bytes]], arguments: list[str], code: int
 ) -> None:

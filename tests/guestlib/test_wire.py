@@ -108,8 +108,12 @@ def test_a_request_and_its_answer() -> None:
         "Encrypt", {"key": "k", "plaintext": b"hi", "aad": None}, receipt=False, deadline_ms=9
     )
     assert json.loads(data[4:]) == {
-        "id": number, "op": "Encrypt", "args": {"key": "k", "plaintext": "aGk="}, "receipt": "none", "deadline_ms": 9
-    }  # fmt: skip
+        "id": number,
+        "op": "Encrypt",
+        "args": {"key": "k", "plaintext": "aGk="},
+        "receipt": "none",
+        "deadline_ms": 9,
+    }
     ok = {"ciphertext": "AAA=", "key": "key-1", "version": 2, "from_the_future": [1]}
     outcome = answer(session, {"id": number, "ok": ok, "receipt": {"ledger": 4, "pass": 5}})
     assert outcome == messages.Encrypted(messages.Receipt(4, 5), b"\0\0", "key-1", 2)
@@ -128,12 +132,23 @@ def test_errors_become_classes() -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        {"id": 99, "ok": {}}, {"id": "1", "ok": {}}, {"id": True, "ok": {}}, {"id": None, "ok": {}}, {"ok": {}}, {"id": 1},
-        {"id": 1, "ok": []}, {"id": 1, "ok": {"random": "?"}}, {"id": 1, "ok": {"random": 7}}, {"id": 1, "ok": {}},
-        {"id": 1, "error": {}}, {"id": 1, "error": "x"}, {"id": 1, "error": {"code": "denied"}},
-        {"id": 1, "ok": {"random": ""}, "receipt": {"ledger": -1, "pass": 1}}, {"id": 1, "ok": {"random": ""}, "receipt": 1},
+        {"id": 99, "ok": {}},
+        {"id": "1", "ok": {}},
+        {"id": True, "ok": {}},
+        {"id": None, "ok": {}},
+        {"ok": {}},
+        {"id": 1},
+        {"id": 1, "ok": []},
+        {"id": 1, "ok": {"random": "?"}},
+        {"id": 1, "ok": {"random": 7}},
+        {"id": 1, "ok": {}},
+        {"id": 1, "error": {}},
+        {"id": 1, "error": "x"},
+        {"id": 1, "error": {"code": "denied"}},
+        {"id": 1, "ok": {"random": ""}, "receipt": {"ledger": -1, "pass": 1}},
+        {"id": 1, "ok": {"random": ""}, "receipt": 1},
     ],
-)  # fmt: skip
+)
 def test_nonsense_ends_the_session(message: dict[str, Any]) -> None:
     session = opened()
     session.send_request("GenerateRandom", {"length": 1}, receipt=True, deadline_ms=0)

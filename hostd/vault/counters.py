@@ -49,10 +49,10 @@ class Counters:
 
     def snapshot(self) -> Snapshot:
         return Snapshot(
-            counters=tuple(Sample(n, labels, v) for (n, labels), v in self._counts.items()),
-            gauges=tuple(Sample(n, labels, v) for (n, labels), v in self._gauges.items()),
+            counters=tuple(Sample(n, labels, float(v)) for (n, labels), v in self._counts.items()),
+            gauges=tuple(Sample(n, labels, float(v)) for (n, labels), v in self._gauges.items()),
             histograms=tuple(
-                Histogram(n, labels, BUCKETS[n], tuple(counts), total[0])
+                Histogram(n, labels, tuple(map(float, BUCKETS[n])), tuple(counts), total[0])
                 for (n, labels), (counts, total) in self._histograms.items()
             ),
         )

@@ -293,12 +293,20 @@ class Gate:
             wanted |= {c for c in self.needs(observer.caller) if not self._seen(observer, c)}
         return min(wanted - busy, key=lambda c: (self._asked.get(c, -1), c), default=None)
 
-    def stale(self, before: int, busy: frozenset[Component]) -> Component | None:
-        """A component, any VM's included, not asked for since `before`: the sweep's next."""
+    def stale(self, now: int, sweep: int, busy: frozenset[Component]) -> Component | None:
+        """The sweep's next: a component, any VM's included, not asked for since `sweep` nanoseconds,
+        or since a sixteenth of that if it was pending (a VM that starts is soon known)."""
         known = HOST_COMPONENTS | {process_of(vm) for vm in self._hypervisors}
-        ages = [(self._asked.get(c, -1), c) for c in known if c not in busy]
-        oldest = min(ages, default=None)
-        return oldest[1] if oldest is not None and oldest[0] < before else None
+        due = [
+            (self._asked.get(c, -1), c)
+            for c in known - busy
+            if self._asked.get(c, -1) < now - (sweep if self._settled(c) else sweep // 16)
+        ]
+        return min(due)[1] if due else None
+
+    def _settled(self, component: Component) -> bool:
+        stamp = self._stamps.get(component)
+        return stamp is not None and stamp.status is not Status.PENDING
 
     def asked(self, component: Component, now: int) -> None:
         self._asked[component] = now

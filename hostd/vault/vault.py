@@ -439,7 +439,7 @@ class Vault:
             now = time.monotonic_ns()
             component = self.gate.wanted(busy)
             if component is None and not busy:
-                component = self.gate.stale(now - int(self.config.measure.sweep_s * 1e9), busy)
+                component = self.gate.stale(now, int(self.config.measure.sweep_s * 1e9), busy)
             if component is None:
                 return
             self.gate.asked(component, now)

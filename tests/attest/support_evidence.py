@@ -43,6 +43,7 @@ def certificate(
     *,
     ca: bool,
     server: bool = True,
+    extensions: bool = True,
     start: datetime.datetime = NOW - HOUR,
     end: datetime.datetime = NOW + HOUR,
 ) -> bytes:
@@ -57,26 +58,30 @@ def certificate(
         .serial_number(x509.random_serial_number())
         .not_valid_before(start)
         .not_valid_after(end)
-        .add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), critical=True)
-        .add_extension(
-            x509.KeyUsage(
-                digital_signature=not ca,
-                key_cert_sign=ca,
-                crl_sign=ca,
-                content_commitment=False,
-                key_encipherment=False,
-                data_encipherment=False,
-                key_agreement=False,
-                encipher_only=False,
-                decipher_only=False,
-            ),
-            critical=True,
-        )
     )
-    if not ca:
-        usage = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
-        builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+    if extensions:
+        builder = _extended(builder, ca=ca, server=server)
     return builder.sign(issuer_key, hashes.SHA256()).public_bytes(Encoding.DER)
+
+
+def _extended(builder: x509.CertificateBuilder, *, ca: bool, server: bool) -> x509.CertificateBuilder:
+    usage = x509.KeyUsage(
+        digital_signature=not ca,
+        key_cert_sign=ca,
+        crl_sign=ca,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    constraints = x509.BasicConstraints(ca=ca, path_length=0 if ca else None)
+    builder = builder.add_extension(constraints, critical=True).add_extension(usage, critical=True)
+    if ca:
+        return builder
+    purpose = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
+    return builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
 
 
 def ima_entry(path: str) -> tuple[bytes, bytes]:

@@ -89,6 +89,13 @@ def test_other_selections_are_refused(ak: AttestationKey, quoted: tuple[Quote, d
         refused(Step.DIGEST, ak, quote, QUALIFYING, other)
 
 
+def test_bytes_do_not_move_between_values(ak: AttestationKey, quoted: tuple[Quote, dict[int, bytes]]) -> None:
+    """The digest is over the values put together: where one ends is not in it."""
+    quote, pcrs = quoted
+    moved = pcrs | {0: pcrs[0] + pcrs[1][:1], 1: pcrs[1][1:]}
+    refused(Step.DIGEST, ak, quote, QUALIFYING, moved)
+
+
 def test_truncated_or_trailing_bytes(ak: AttestationKey, quoted: tuple[Quote, dict[int, bytes]]) -> None:
     quote, pcrs = quoted
     for data, make in (
@@ -278,12 +285,17 @@ def test_attest_names_what_is_wrong(
 def test_attest_with_other_banks(quoted: tuple[Quote, dict[int, bytes]]) -> None:
     attest = quoted[0].attest
     at = len(attest) - 34 - 10
-    none, two, sha1 = (
+    none, two, sha1, sha384 = (
         attest[:at] + bytes.fromhex(head) + attest[-34:]
-        for head in ("00000000", "00000002000b03ffffff000403ffffff", "00000001000403ffffff")
+        for head in (
+            "00000000",
+            "00000002000b03ffffff000c03ffffff",
+            "00000001000403ffffff",
+            "00000001000c03ffffff",
+        )
     )
     empty = attest[:at] + bytes.fromhex("00000001000b03000000") + attest[-34:]
     long = attest[:at] + bytes.fromhex("00000001000b05ffffffffff") + attest[-34:]
-    for broken in (none, two, sha1, empty, long):
+    for broken in (none, two, sha1, sha384, empty, long):
         with pytest.raises(MalformedError):
             parse_attest(broken)

@@ -406,6 +406,21 @@ def test_extends(tpm: Tpm) -> None:
     assert tpm.read_pcrs((16,))[16] == hashlib.sha256(before + b"d" * 32).digest()
 
 
+@pytest.mark.parametrize("digest", [b"", bytes(20), bytes(33)])
+def test_extends_by_a_digest_only(tpm: Tpm, digest: bytes) -> None:
+    with pytest.raises(ValueError, match="not a SHA-256 digest"):
+        tpm.extend(16, digest)
+
+
+def test_a_bank_without_the_pcrs(host: Embedded) -> None:
+    """A TPM that has no such PCR leaves it out of its answer, and says that all went well."""
+    nothing = bytes.fromhex("8001 00000016 00000000 00000001 00000000 00000000")
+    tpm = Tpm(Esys(lambda: Injecting(host.connect(), [nothing], "0000017e"), 20.0), host.record)
+    with pytest.raises(TpmCommandError, match="no such PCRs"):
+        tpm.read_pcrs((0, 1))
+    tpm.close()
+
+
 @pytest.mark.parametrize("selection", [(), (24,), (-1,), (1, 1)])
 def test_refuses_what_is_no_selection(tpm: Tpm, selection: tuple[int, ...]) -> None:
     for call in (tpm.read_pcrs, lambda s: tpm.quote(b"", s)):
@@ -456,12 +471,14 @@ class Injecting:
 
     managed = True
 
-    def __init__(self, inner, responses):  # type: ignore[no-untyped-def]
+    def __init__(self, inner, responses, code="0000017b"):  # type: ignore[no-untyped-def]
+        """`code` is that of the command, in hex: GetRandom."""
         self.inner, self.responses, self.seen = inner, responses, 0
+        self.code = bytes.fromhex(code)
 
     def exchange(self, command: bytes, deadline: float) -> bytes:
         self.seen += 1
-        if self.responses and command[6:10] == bytes.fromhex("0000017b"):  # GetRandom
+        if self.responses and command[6:10] == self.code:
             return self.responses.pop(0)
         return self.inner.exchange(command, deadline)
 

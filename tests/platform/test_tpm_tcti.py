@@ -141,3 +141,13 @@ def test_a_device_answers_or_times_out() -> None:
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+def test_a_device_that_goes_away() -> None:
+    ours, theirs = pty.openpty()
+    link = DeviceLink(Path(os.ttyname(theirs)))
+    os.close(theirs)
+    os.close(ours)
+    with pytest.raises(TpmUnavailableError, match="Input/output error"):
+        link.exchange(GET_RANDOM, soon())
+    link.close()

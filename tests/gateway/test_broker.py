@@ -15,7 +15,7 @@ import pytest
 
 from hostd.gateway.listeners import listen_unix, vsock_caller
 from tests.gateway.conftest import GatewayProcess, Guest
-from tests.gateway.support_vault import SimulatedVault, wait_for
+from tests.gateway.support_vault import SimulatedVault, readable, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,6 +118,21 @@ def test_a_flood_of_connections_leaves_the_gateway_serving(
     for sock in flood:
         sock.close()
     wait_for(lambda: _connects(gateway, vault))
+
+
+def test_connections_wait_for_their_worker_in_bounded_number(
+    gateway: GatewayProcess, vault: SimulatedVault
+) -> None:
+    vault.silent = True
+    waiting = []
+    for _ in range(20):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(str(gateway.path))
+        waiting.append(sock)
+    wait_for(lambda: sum(readable(sock, 0) for sock in waiting) == 4)
+    assert len(gateway.workers()) == 1
+    for sock in waiting:
+        sock.close()
 
 
 def test_a_caller_nobody_knows_is_closed(gateway: GatewayProcess, vault: SimulatedVault) -> None:

@@ -141,6 +141,19 @@ def test_nested_bombs_are_refused(depth: int) -> None:
                 parse_request(body)
 
 
+def test_no_depth_gets_past_the_refusal() -> None:
+    # The parser and the check that follows it have their limits at different depths.
+    for depth in range(850, 1000):
+        with pytest.raises(RequestError):
+            parse_request(b'{"id":7,"op":"Encrypt","args":{"key":' + b"[" * depth + b"]" * depth + b"}}")
+
+
+def test_a_forged_place_is_not_repeated() -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_request(args(**{"x` - at `$.secretname": 1}))
+    assert "secretname" not in caught.value.message
+
+
 @pytest.mark.parametrize(
     "body",
     [

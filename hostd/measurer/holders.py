@@ -3,7 +3,8 @@
 Listing every process's descriptors in one reading would cost tens of milliseconds on a busy host, so each
 reading looks at some processes in turn: new ones first, all of them again and again. libvirt's
 own daemon opens the device for a moment when it starts a VM, and a QEMU is there before libvirt says
-so; therefore a holder is reported only after it has been one for `GRACE_S`.
+so; therefore a holder is reported only after it has been one for `GRACE_S`. A process that may not be
+looked into (a security module forbids it) is passed over.
 
 Needs CAP_SYS_PTRACE (descriptors of other users' processes).
 """
@@ -73,7 +74,7 @@ class Holders:
             if not descriptors(handle, self._device)[1]:
                 return None
             return handle.stat().start_time, handle.link("exe")
-        except (ProcessGoneError, MalformedProcError):
+        except (ProcessGoneError, MalformedProcError, OSError):
             return None
         finally:
             handle.close()

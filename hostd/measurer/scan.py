@@ -1,7 +1,8 @@
 """Finds hypervisor processes in /proc.
 
 A hypervisor process is one that runs a configured binary: /proc/PID/exe names it, ` (deleted)` ignored,
-because an upgrade in place leaves old VMs running the old file. Every process is looked at in every scan
+because an upgrade in place leaves old VMs running the old file. One that may not be looked into is left
+out: it cannot be measured, so it is nobody. Every process is looked at in every scan
 (about 2 us each): one may become a hypervisor by exec without any sign that could be trusted.
 
 Needs CAP_SYS_PTRACE (exe of other users' processes).
@@ -101,7 +102,7 @@ class Scanner:
             known.executable, known.uid = executable, uid
             if not (known.kvm and known.vsock):
                 self._look_at_descriptors(known)
-        except (ProcessGoneError, MalformedProcError):
+        except (ProcessGoneError, MalformedProcError, OSError):
             if handle is not None:
                 handle.close()
             return False

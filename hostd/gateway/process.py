@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 _ROOT: Final = str(Path(hostd.__file__).resolve().parent.parent)
 """The worker runs the code that the broker runs, installed or not."""
 _PROGRAM: Final = (
-    "import sys; sys.argv[1] in sys.path or sys.path.insert(0, sys.argv[1]); from hostd.gateway.worker import main; "
+    "import sys; sys.argv[1] in sys.path or sys.path.insert(0, sys.argv[1]); "
+    "from hostd.gateway.worker import main; "
     "sys.exit(main(int(sys.argv[2]), int(sys.argv[3])))"
 )
 

@@ -135,6 +135,21 @@ def test_connections_wait_for_their_worker_in_bounded_number(
         sock.close()
 
 
+def test_waiting_connections_count_as_connections(
+    start: Callable[..., GatewayProcess], vault: SimulatedVault
+) -> None:
+    gateway = start(connections_per_caller=3)
+    vault.silent = True
+    waiting = []
+    for _ in range(10):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(str(gateway.path))
+        waiting.append(sock)
+    wait_for(lambda: sum(readable(sock, 0) for sock in waiting) == 7)
+    for sock in waiting:
+        sock.close()
+
+
 def test_a_caller_nobody_knows_is_closed(gateway: GatewayProcess, vault: SimulatedVault) -> None:
     vault.refuse = "no such VM"
     with pytest.raises((EOFError, OSError)):
@@ -206,11 +221,11 @@ def test_workers_die_with_the_broker(run_dir: Path, vault: SimulatedVault) -> No
 
 
 def test_a_worker_retires_before_its_certificate_ends(gateway: GatewayProcess, vault: SimulatedVault) -> None:
-    vault.life_s = 4.0
+    vault.life_s = 8.0
     with Guest(gateway.path, vault.ca.pem) as old:
         (worker,) = gateway.workers()
-        time.sleep(3.4)
         vault.life_s = 3600.0
+        wait_for(lambda: _connects(gateway, vault) and len(vault.binds) == 2)
         with Guest(gateway.path, vault.ca.pem) as new:
             assert len(gateway.workers()) == 2
             assert "ok" in old.ask(RANDOM)

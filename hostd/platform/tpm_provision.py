@@ -18,9 +18,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from cryptography import x509
-
+from guestlib.attest.certs import load_certificate
+from guestlib.attest.steps import Step
 from guestlib.attest.tpm2 import RH_ENDORSEMENT, qualified_name
+from guestlib.errors import VerificationError
 from hostd.platform.tpm_errors import TpmCommandError, TpmIdentityError
 from hostd.platform.tpm_esys import Esys, Handle, base_error
 from hostd.platform.tpm_files import TpmRecord
@@ -145,12 +146,9 @@ def trim_der(data: bytes) -> bytes:
 
 def _check_certificate(certificate: bytes, ek_public: Any) -> None:
     try:
-        key = x509.load_der_x509_certificate(certificate).public_key()
-    except ValueError as error:
-        raise TpmIdentityError(f"the EK certificate in the TPM cannot be read: {error}") from error
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    certified = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        certified = load_certificate(certificate, Step.ENDORSEMENT).spki
+    except VerificationError as error:
+        raise TpmIdentityError(f"the EK certificate in the TPM: {error.message}") from error
     if certified != ek_public.to_der():
         raise TpmIdentityError("the EK certificate in the TPM is not that of its endorsement key")
 

@@ -14,6 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from support_evidence import HOUR, NONCE, NOW, PCRS, Host, certificate, ima_entry
 
+from guestlib.attest import verifier
 from guestlib.attest.ekcert import verify_ek_certificate
 from guestlib.attest.evidence import Status, encode_evidence, parse_evidence
 from guestlib.attest.steps import Step
@@ -67,6 +68,12 @@ def test_3_attestation_key(host: Host) -> None:
     assert "lacks SIGN" in said
 
 
+def test_3_a_pinned_key_that_is_none(host: Host) -> None:
+    tpm = replace(host.statement().tpm, ak_public=b"\0\1x")
+    said = refused(Step.KEY, host, host.evidence(tpm=tpm), bundle=host.bundle(aks=(b"\0\1x",)))
+    assert "truncated" in said
+
+
 def test_4_endorsement(host: Host) -> None:
     other = ec.generate_private_key(ec.SECP256R1())
     stranger = certificate("maker", other, "maker", other, ca=True)
@@ -91,8 +98,6 @@ def test_4_the_key_must_be_the_eks_child(host: Host, monkeypatch: pytest.MonkeyP
     public[-68:-34] = b"\0\x20" + numbers.x.to_bytes(32, "big")
     public[-34:] = b"\0\x20" + numbers.y.to_bytes(32, "big")
     tpm = replace(host.statement().tpm, ek_public=bytes(public))
-    from guestlib.attest import verifier
-
     monkeypatch.setattr(verifier, "_verify_endorsement", lambda *_: None)
     assert "not a child of this EK" in refused(Step.ENDORSEMENT, host, host.evidence(tpm=tpm))
 
@@ -149,6 +154,12 @@ def test_9_ima_log(host: Host) -> None:
     ima = host.statement().ima
     assert ima is not None
     refused(Step.IMA, host, host.evidence(ima=replace(ima, entries=4)))
+
+
+def test_9_the_log_is_bounded(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifier, "MAX_LOG_BYTES", len(host.log))
+    verify(host)
+    refused(Step.IMA, host, log=host.log + b"\0")
 
 
 def test_9_without_a_log_only_if_the_bundle_says_so(host: Host) -> None:
@@ -211,6 +222,18 @@ def _flipped(der: bytes) -> list[bytes]:
         for bit in (0x01, 0x08, 0x80)
         if at != spelling
     ]
+
+
+@pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
+def test_13_a_serial_number_is_positive(host: Host) -> None:
+    """The channel CA's own signature proves nothing; what it says must still be well formed."""
+    serial = x509.load_der_x509_certificate(host.ca).serial_number
+    at = host.ca.index(serial.to_bytes(-(-serial.bit_length() // 8), "big"))
+    negative = host.ca[:at] + bytes([host.ca[at] | 0x80]) + host.ca[at + 1 :]
+    said = refused(
+        Step.CHANNEL_CA, host, host.evidence(channel_ca=negative), bundle=host.bundle(channel_ca=None)
+    )
+    assert "serial" in said
 
 
 @pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import ssl
@@ -182,6 +183,34 @@ def test_something_else_at_our_handles_is_refused(own_host: Embedded) -> None:
     esys.close()
     with pytest.raises(TpmIdentityError, match="not a storage key"):
         provision(own_host.connect, command_s=20)
+
+
+@pytest.mark.parametrize("kind", ["another key's", "no certificate"])
+def test_a_certificate_that_is_not_the_eks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    from hostd.platform import tpm_maker
+
+    issue = tpm_maker._issue
+
+    def wrongly(_ek: bytes, now: datetime.datetime) -> tpm_maker.Made:
+        other = ec.generate_private_key(ec.SECP256R1()).public_key()
+        made = issue(other.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo), now)
+        if kind == "another key's":
+            return made
+        return tpm_maker.Made(bytes.fromhex("30820102") + bytes(258), made.ca_certificate)
+
+    monkeypatch.setattr(tpm_maker, "_issue", wrongly)
+    swtpm.manufacture(tmp_path / "tpm", now=NOW)
+    running = swtpm.start(tmp_path / "tpm", tmp_path / "sock")
+    try:
+        with pytest.raises(TpmIdentityError, match="the EK certificate in the TPM"):
+            provision(partial(SocketLink, running.socket), command_s=20)
+    finally:
+        running.stop()
 
 
 @pytest.mark.slow

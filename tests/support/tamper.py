@@ -112,7 +112,7 @@ def inject_anonymous_code(pid: int) -> int:
     return syscall(pid, SYS_MMAP, 0, 4096, 5, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
 
 
-def map_file(pid: int, path: Path, protection: int = 5) -> int:
+def map_file(pid: int, path: Path, protection: int = 5, *, length: int | None = None) -> int:
     """Opens and maps a file in the process, as dlopen does; gives the address."""
     stack = next(vma for vma in _all(pid) if vma[2] == "[stack]")
     scratch = stack[0] + 64
@@ -122,7 +122,7 @@ def map_file(pid: int, path: Path, protection: int = 5) -> int:
         fd = syscall(pid, SYS_OPEN, scratch, os.O_RDONLY, 0)
     finally:
         write(pid, scratch, saved)
-    return syscall(pid, SYS_MMAP, 0, path.stat().st_size, protection, mmap.MAP_PRIVATE, fd, 0)
+    return syscall(pid, SYS_MMAP, 0, length or path.stat().st_size, protection, mmap.MAP_PRIVATE, fd, 0)
 
 
 def _all(pid: int) -> list[tuple[int, int, str]]:

@@ -77,6 +77,8 @@ class Measure(Section, frozen=True):
     """Every component and every VM is read at least this often, busy or idle."""
     protected: tuple[str, ...] = ("/usr/", "/opt/hostd/")
     """Path prefixes whose IMA entries must have a digest of the baseline."""
+    survey: tuple[str, ...] = ("/usr/bin/", "/usr/sbin/", "/usr/lib/", "/usr/libexec/", "/opt/hostd/")
+    """What `hostctl baseline capture` hashes besides the files that hypervisors have mapped."""
 
 
 class Gate(Section, frozen=True):

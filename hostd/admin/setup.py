@@ -106,12 +106,14 @@ def _write_config(path: Path, state_dir: str | None, run_dir: str | None) -> Non
 
 
 def _make_folder(path: Path, mode: int, uid: int | None) -> None:
-    if not path.is_dir():
-        path.mkdir(parents=True, mode=mode)
-        _say("folder", f"made {path}")
+    """Makes a folder that is not there; one that is keeps the mode it was given."""
+    if path.is_dir():
+        return
+    path.mkdir(parents=True)
     path.chmod(mode)
     if uid is not None:
         os.chown(path, uid, -1)
+    _say("folder", f"made {path}")
 
 
 @contextmanager

@@ -21,7 +21,9 @@ class Caller:
     officer: bool = False
 
     def __post_init__(self) -> None:
-        if bool(self.vm) == (self.uid >= 0) or bool(self.vm) != bool(self.pid and self.start_time):
+        process = self.pid > 0 and self.start_time > 0 and self.uid == -1 and not self.officer
+        user = self.pid == 0 and self.start_time == 0 and self.uid >= 0
+        if not (process if self.vm else user):
             raise ValueError("a caller is a VM's process or a user")
 
     @property

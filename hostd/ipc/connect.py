@@ -38,6 +38,9 @@ def listen(path: Path, *, mode: int, owner: int | None = None) -> socket.socket:
     before = os.umask(0o177)
     try:
         sock.bind(os.fspath(temporary))
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         os.umask(before)
     sock.listen(BACKLOG)

@@ -1,0 +1,120 @@
+"""hostd as services in the lab's host: installed, configured, started, and operated from outside."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from qemu.errors import LabError, Result
+from qemu.guest import Guest
+from qemu.host import LabHost
+from qemu.install import REPO, install_guests, install_hostd
+from qemu.process import step
+
+CONFIG: Final = "/etc/hostd/hostd.toml"
+TRUST: Final = "/etc/hostd/trust.json"
+BASELINE: Final = "/etc/hostd/baseline.json"
+IMA_POLICY: Final = "/etc/ima/ima-policy"
+LOADED_POLICY: Final = "/sys/kernel/security/ima/policy"
+ROLES: Final = ("measurer", "vault", "gateway", "metrics")
+METRICS: Final = "http://127.0.0.1:9464/metrics"
+
+# Times are those of a machine some fifteen times slower than a real one.
+_CONFIG: Final = """\
+[users]
+vault = "hostd-vault"
+gateway = "hostd-gateway"
+metrics = "hostd-metrics"
+measurer = "root"
+
+[tpm]
+device = "/dev/tpmrm0"
+deadline_s = 30.0
+
+[measure]
+require = ["posture", "ima", "files"]
+survey = ["/usr/bin/", "/usr/sbin/", "/usr/lib/", "/usr/libexec/", "/usr/local/", "/opt/hostd/"]
+deadline_s = 30.0
+sweep_s = 30.0
+
+[gate]
+deadline_s = 60.0
+"""
+
+
+class Service:
+    """hostd in L1."""
+
+    def __init__(self, host: LabHost) -> None:
+        self.host = host
+
+    def install(self, repo: Path = REPO) -> None:
+        """Installs, sets up and starts hostd as its units; the gate is closed for want of a baseline."""
+        host = self.host
+        install_hostd(host, repo)
+        install_guests(host, repo)
+        with step("setting hostd up: IMA policy, TPM objects, root key, store"):
+            host.run("mkdir -p /etc/hostd /etc/ima && modprobe kvm_amd && modprobe vhost_vsock")
+            host.put(b"kvm_amd\nvhost_vsock\n", "/etc/modules-load.d/hostd-lab.conf")
+            host.put(repo / "systemd" / "ima-policy", IMA_POLICY)
+            host.run(f"echo {IMA_POLICY} > {LOADED_POLICY}")
+            host.put(_CONFIG.encode(), CONFIG)
+            host.run(["hostd", "setup"], 180)
+        with step("starting hostd"):
+            host.run(["systemctl", "enable", "--now", "--no-block", "hostd.target"])
+            self.wait_active()
+
+    def wait_active(self, limit: float = 180.0) -> None:
+        """Waits until every role is up.
+
+        Raises:
+            LabError: it is not in time; with the roles' journal.
+        """
+        units = [f"hostd-{role}.service" for role in ROLES]
+        deadline = time.monotonic() + limit
+        while time.monotonic() < deadline:
+            states = self.host.run(["systemctl", "is-active", *units], check=False).text.split()
+            if states == ["active"] * len(units):
+                return
+            time.sleep(1.0)
+        raise LabError(f"hostd's roles are {states}; the journal:\n{self.journal()[-4000:]}")
+
+    def journal(self) -> str:
+        """What the roles have logged in this boot."""
+        return self.host.run(
+            ["journalctl", "-b", "--no-pager", "-o", "short-monotonic", "-u", "hostd-*"]
+        ).text
+
+    def ctl(self, *arguments: str, timeout: float = 120.0, check: bool = True) -> Result:
+        """Runs hostctl as root."""
+        return self.host.run(["hostctl", *arguments], timeout, check=check)
+
+    def ctl_json(self, *arguments: str, timeout: float = 120.0) -> Any:
+        """Runs hostctl and reads its JSON."""
+        return json.loads(self.ctl("--json", *arguments, timeout=timeout).stdout)
+
+    def baseline(self) -> None:
+        """Captures reference values from the host as it runs, and puts them into force."""
+        with step("capturing a baseline of the host and installing it"):
+            self.ctl("baseline", "capture", "-o", BASELINE, timeout=900.0)
+            self.ctl("baseline", "install", BASELINE)
+
+    def adopt(self, guest: Guest, tenant: str) -> None:
+        """Makes the tenant if need be, binds the guest to it, and gives the guest a trust bundle."""
+        known = {name for name, _keys in self.ctl_json("tenant", "list")["tenants"]}
+        if tenant not in known:
+            self.ctl("tenant", "create", tenant)
+        self.ctl("vm", "bind", str(guest.uuid), tenant)
+        self.give_trust(guest)
+
+    def give_trust(self, guest: Guest) -> None:
+        """Puts this host's trust bundle into the guest."""
+        bundle = self.ctl("trust", "bundle").stdout
+        guest.run(["mkdir", "-p", "/etc/hostd"])
+        guest.put(bundle, TRUST)
+
+    def pid_of(self, role: str) -> int:
+        """Main process of a role."""
+        return int(self.host.run(["systemctl", "show", "-p", "MainPID", "--value", f"hostd-{role}"]).text)

@@ -1,6 +1,7 @@
 """What the readings cost, in process, for `make bench`.
 
-`bench_readings` gives milliseconds, the median of many, for the hypervisor processes that run now.
+`bench_readings` gives milliseconds, the median of many, for the hypervisor processes that run now;
+`bench_started` starts some idle ones of its own first (`python -m hostd.measurer.bench 1`).
 `pass.request_scoped_ms` is what one request of one VM waits for: the host's readings, the shared
 files and its own process (docs/architecture.md). `naive_ms` is the plain way to the same knowledge:
 SHA-256 over each process's mapped code and constants, read through /proc/PID/mem.
@@ -10,10 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from typing import TYPE_CHECKING
+import uuid
+from typing import TYPE_CHECKING, Final
 
+from hostd.config import Config, Hypervisor
 from hostd.core.findings import Kind
 from hostd.core.readings import FilesReading, ProcessReading
 from hostd.ipc.measuring import Ask, AskFile
@@ -22,8 +29,12 @@ from hostd.measurer.probes import Measurer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hostd.config import Config
-    from hostd.core.readings import Hypervisor
+    from hostd.core.readings import Hypervisor as HypervisorReading
+
+QEMU: Final = "/usr/bin/qemu-system-x86_64"
+MODULES: Final = "/usr/lib/x86_64-linux-gnu/qemu"
+"""Where QEMU's modules are; a copied binary would look beside itself."""
+SETTLE_S: Final = 2.0
 
 
 class BenchError(Exception):
@@ -50,8 +61,10 @@ def _bench(measurer: Measurer, rounds: int) -> dict[str, float]:
     if not vms:
         raise BenchError("no hypervisor process runs")
     first = vms[0].vm
-    if not all(isinstance(_process(measurer, vm), ProcessReading) for vm in vms):
-        raise BenchError("a hypervisor process cannot be read")
+    for vm in vms:
+        reading = _process(measurer, vm)
+        if not isinstance(reading, ProcessReading) or reading.altered_total:
+            raise BenchError(f"pid {vm.pid} cannot be read, or is not as it should be")
     files = measurer.answer(Ask(0, Kind.FILES))
     if not isinstance(files, FilesReading):
         raise BenchError("the files cannot be read")
@@ -87,7 +100,29 @@ def _bench(measurer: Measurer, rounds: int) -> dict[str, float]:
     return figures
 
 
-def _process(measurer: Measurer, hypervisor: Hypervisor) -> object:
+def bench_started(count: int, *, binary: str = QEMU, rounds: int = 100) -> dict[str, float]:
+    """`bench_readings` with `count` idle machines started from a copy of `binary`, so that other hypervisor
+    processes of this host are not in the figures."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = shutil.copy(binary, directory)
+        config = Config(hypervisor=Hypervisor(binaries=(copy,), provider="proc", allow_jit=True))
+        arguments = [copy, "-accel", "tcg", "-machine", "none", "-S", "-display", "none", "-nodefaults"]
+        started = [
+            subprocess.Popen(
+                [*arguments, "-uuid", str(uuid.uuid4())], env={**os.environ, "QEMU_MODULE_DIR": MODULES}
+            )
+            for _ in range(count)
+        ]
+        try:
+            time.sleep(SETTLE_S)
+            return bench_readings(config, rounds=rounds)
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+
+
+def _process(measurer: Measurer, hypervisor: HypervisorReading) -> object:
     return measurer.answer(Ask(0, Kind.PROCESS, hypervisor.vm))
 
 
@@ -112,3 +147,8 @@ def _naive(measurer: Measurer) -> bytes:
         finally:
             os.close(memory)
     return digest.digest()
+
+
+if __name__ == "__main__":
+    for name, value in bench_started(int(sys.argv[1]) if len(sys.argv) > 1 else 1).items():
+        print(f"{name:28} {value:10.3f}")

@@ -8,7 +8,8 @@ process has not touched are not there yet, and will come from the same page cach
 
 Differences that are legal pass: our own page table may lack the page (it is brought in), a page may be
 in migration, the process may be ending. So a difference is read again, a bounded number of times,
-before it is reported; then with the bytes expected (the file's) and seen (the process's).
+before it is reported (a copied page twice only: it stays one); then with the bytes expected (the file's)
+and seen (the process's).
 
 Not covered: relocated read-only data, writable data, a patch that is taken back between two readings.
 
@@ -18,6 +19,7 @@ the bytes seen are empty and everything else stands.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import os
 import time
@@ -36,7 +38,7 @@ from hostd.core.readings import (
     ProcessReading,
 )
 from hostd.measurer.files import Range, TooMuchError, first_difference
-from hostd.platform.pages import ENTRY_BYTES, FILE, PAGE, SWAPPED, differing, whole_pages
+from hostd.platform.pages import ENTRY_BYTES, FILE, PAGE, PRESENT, SWAPPED, differing, populate, whole_pages
 from hostd.platform.procfs import MAX_MAPS_BYTES, ProcessGoneError, parse_maps
 
 if TYPE_CHECKING:
@@ -174,13 +176,14 @@ class ProcessProbe:
         self, hypervisor: Hypervisor, handle: ProcessHandle
     ) -> tuple[Plan, tuple[AlteredPage, ...], int]:
         key = (hypervisor.pid, hypervisor.start_time)
+        odd: list[int] = []
         for wait in (None, *RETRY_S):
             if wait:
                 time.sleep(wait)
             plan = self._plan(hypervisor, handle)
             self._claim(hypervisor, plan)
-            if wait is not None:
-                self._populate(plan)
+            if odd:
+                _populate(plan, odd)
             target, own = self._entries(handle, plan)
             last = self._last.get(key)
             if last is not None and last.plan is plan and (last.target, last.own) == (target, own):
@@ -189,6 +192,8 @@ class ProcessProbe:
             if not odd:
                 self._last[key] = _Last(plan, target, own)
                 return plan, (), 0
+            if wait is not None and all(_copied(target, index) for index in odd):
+                break
         self._last.pop(key, None)
         if handle.stat().ended:
             raise ProcessGoneError("the process ended while it was read")
@@ -211,12 +216,6 @@ class ProcessProbe:
             for run in plan.runs
         ]
         return b"".join(theirs), b"".join(ours)
-
-    def _populate(self, plan: Plan) -> None:
-        for item in plan.ranges:
-            file = self._registry.get(item.file)
-            if file is not None and file.own is not None:
-                file.own.populate(item.offset, item.length)
 
     # ── What differs ──────────────────────────────────────────────────────────────────────────────
 
@@ -260,6 +259,22 @@ class ProcessProbe:
             return self._own_pages.read(run.own + index * PAGE, PAGE) if run.own else b""
         except OSError:
             return b""
+
+
+def _populate(plan: Plan, odd: list[int]) -> None:
+    """Brings into our own page table what differs because it may only be absent there."""
+    first = 0
+    for run in plan.runs:
+        position = bisect.bisect_left(odd, first)
+        if run.own and position < len(odd) and odd[position] < first + run.pages:
+            populate(run.own, run.pages * PAGE)
+        first += run.pages
+
+
+def _copied(target: bytes, index: int) -> bool:
+    """A page that is there and anonymous. That does not pass: a page in migration is not present."""
+    entry = int.from_bytes(target[index * ENTRY_BYTES : (index + 1) * ENTRY_BYTES], "little")
+    return bool(entry & PRESENT) and not entry & FILE
 
 
 def _may_hold_code(vma: Vma) -> bool:

@@ -76,6 +76,11 @@ def differing(target: bytes, own: bytes) -> list[int]:
     ]
 
 
+def populate(address: int, length: int) -> None:
+    """Brings pages of ours into our page table; what cannot be brought in stays absent, and then differs."""
+    _libc.madvise(address, length, _MADV_POPULATE_READ)
+
+
 class OwnMapping:
     """A read-only shared mapping of a whole file: its page cache, as every other mapper sees it.
 
@@ -89,12 +94,6 @@ class OwnMapping:
             raise OSError(ctypes.get_errno(), "mmap")
         self.address: int = address
         self.view = memoryview((ctypes.c_ubyte * self.length).from_address(address)).cast("B")
-
-    def populate(self, offset: int, length: int) -> None:
-        """Brings pages into our page table; what cannot be brought in stays absent, and then differs."""
-        if 0 <= offset < self.length:
-            length = min(length, self.length - offset)
-            _libc.madvise(self.address + offset, length, _MADV_POPULATE_READ)
 
     def close(self) -> None:
         self.view.release()

@@ -164,7 +164,12 @@ def test_keeps_trying_until_there_is_a_listener_and_not_too_often(
 ) -> None:
     delays: list[float] = []
     call_after = loop.call_after
-    monkeypatch.setattr(loop, "call_after", lambda s, call: (delays.append(s), call_after(s / 1000, call))[1])
+
+    def quickly(seconds: float, call: Callable[[], None]) -> Timer:
+        delays.append(seconds)
+        return call_after(seconds / 1000, call)
+
+    monkeypatch.setattr(loop, "call_after", quickly)
     found: list[Channel[Any]] = []
     connector = Connector(loop, tmp_path / "x", uid=os.geteuid(), connected=found.append, record_type=int)
     connector.start()

@@ -15,11 +15,12 @@ import msgspec
 
 DEFAULT_PATH = Path("/etc/hostd/hostd.toml")
 
-Positive = Annotated[float, msgspec.Meta(gt=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+"""Seconds; a day at most, so that every deadline is finite."""
 Small = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Pcr = Annotated[int, msgspec.Meta(ge=0, le=23)]
-User = int | str
+User = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 2)] | str
 
 
 class ConfigError(Exception):

@@ -170,6 +170,7 @@ def test_a_killed_worker_is_replaced(gateway: GatewayProcess, vault: SimulatedVa
         (worker,) = gateway.workers()
         os.kill(worker, signal.SIGKILL)
         assert guest.closed()
+    wait_for(lambda: "died with status -9" in gateway.log.read_text())
     # Not at once: a guest that kills its worker does not get processes without end.
     assert not _connects(gateway, vault)
     wait_for(lambda: _connects(gateway, vault))

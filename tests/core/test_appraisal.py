@@ -209,6 +209,21 @@ def test_new_segment_of_a_known_file(appraiser: Appraiser) -> None:
     only(appraiser.appraise(FILES, files(segment(1, b"?" * 16), new)), Code.FILE_ALTERED)
 
 
+def test_file_that_is_not_approved_is_no_part_of_it(appraiser: Appraiser) -> None:
+    """Neither good nor, changed, a finding for all: whoever maps it is refused."""
+    appraiser.learn(2, identity(2, "/usr/lib/l.so", OTHER))
+    assert appraiser.appraise(FILES, files(segment(1), segment(2))).good
+    assert appraiser.files.good == {(1, 0, 4096)}
+    assert appraiser.appraise(FILES, files(segment(1), segment(2, b"x" * 16))).good
+
+
+def test_segments_of_an_altered_file_are_not_learned(appraiser: Appraiser) -> None:
+    new = segment(1, b"n" * 16, offset=4096)
+    appraiser.learn(1, identity(1, "/usr/bin/q", OTHER, segment(1), new))
+    appraiser.appraise(FILES, files(segment(1), new))
+    assert appraiser.files.good == {(1, 0, 4096)}
+
+
 def test_answer_about_another_file_is_not_taken(appraiser: Appraiser) -> None:
     appraiser.learn(5, identity(6, "/usr/bin/q", APPROVED))
     assert 5 not in appraiser.files.known
@@ -453,8 +468,8 @@ def test_ima_violation(appraiser: Appraiser) -> None:
     bad = entry("/usr/bin/ok", violation=True)
     only(appraiser.appraise(IMA, ima(bad, len(data))), Code.IMA_VIOLATION)
     assert appraiser.ima.pcr10 == replay(parse_entries(data + bad))
-    # Reference values do not make it good; an officer does.
-    appraiser.reference = reference(log=parse_entries(data + bad))
+    # Reference values do not make it good, not even for the digest it shows; an officer does.
+    appraiser.reference = reference(log=parse_entries(data + bad), survey={"/usr/bin/ok": bytes(32)})
     only(appraiser.appraise(IMA, ima(b"", len(data + bad))), Code.IMA_VIOLATION)
     appraiser.ima.accept()
     assert appraiser.appraise(IMA, ima(b"", len(data + bad))).good

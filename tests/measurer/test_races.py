@@ -14,7 +14,7 @@ import pytest
 from hostd.core.findings import Kind, Status
 from hostd.core.readings import Missing, ProcessReading
 from hostd.ipc.measuring import Ask, AskFile, AskWho
-from tests.support import qemu
+from tests.support import qemu, tamper
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,6 +100,37 @@ def test_a_uuid_claimed_twice_is_nobody(watched: Watched, binary: Path, vm: qemu
         answer = watched.measurer.answer(Ask(0, Kind.PROCESS, vm.uuid))
         assert isinstance(answer, Missing)
         assert "claimed twice" in answer.reason
+
+
+def test_file_cut_short_while_it_is_read(watched: Watched, vm: qemu.Vm, tmp_path: Path) -> None:
+    """By the process that mapped it, again and again: SIGBUS would end the measurer."""
+    own = tmp_path / "own.so"
+    size = 8 << 20
+    own.write_bytes(os.urandom(size))
+    os.chown(own, 65534, 65534)
+    tamper.map_file(vm.pid, own)
+    watched.approve()
+    stop = time.monotonic() + 2
+    cutter = os.fork()
+    if cutter == 0:
+        try:
+            while time.monotonic() < stop:
+                os.truncate(own, 4096)
+                os.truncate(own, size)
+        finally:
+            os._exit(0)
+    reader = os.fork()
+    if reader == 0:
+        code = 1
+        try:
+            while time.monotonic() < stop:
+                watched.files()
+                watched.measurer.answer(Ask(0, Kind.PROCESS, vm.uuid))
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(cutter, 0)[1] == 0
+    assert os.waitpid(reader, 0)[1] == 0
 
 
 def test_numbers_are_not_reused_and_unused_files_go(

@@ -37,6 +37,7 @@ class Watched:
         for guest in self.measurer.guests.guests:
             reading = self.measurer.answer(Ask(0, Kind.PROCESS, guest.hypervisor.vm))
             assert isinstance(reading, ProcessReading), reading
+            assert reading.altered_total == 0
             for mapping in reading.mappings:
                 if mapping.file is not None and mapping.file not in identities:
                     identity = self.measurer.answer(AskFile(0, mapping.file))

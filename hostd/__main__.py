@@ -53,8 +53,9 @@ def main() -> None:
 def _expected_errors() -> tuple[type[Exception], ...]:
     """What a role says in one line instead of a traceback: the host is not as it needs to be."""
     from guestlib.errors import HostdError
+    from hostd.platform.confine import ConfineError
 
-    errors: list[type[Exception]] = [ConfigError, HostdError, OSError]
+    errors: list[type[Exception]] = [ConfigError, HostdError, ConfineError, OSError]
     if "hostd.platform.tpm_errors" in sys.modules:
         errors.append(sys.modules["hostd.platform.tpm_errors"].TpmError)
     if "hostd.admin.setup" in sys.modules:

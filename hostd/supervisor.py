@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from hostd.platform import program
@@ -59,6 +60,7 @@ class _Role:
                 user=self._uid if as_other else None,
                 group=self._uid if as_other else None,
                 extra_groups=[] if as_other else None,
+                preexec_fn=partial(program.die_with_parent, os.getpid()),
             )
             self._started = now
 

@@ -334,23 +334,17 @@ def ledger_list(context: _Context, count: int, start: int | None) -> None:
     entries = [msgspec.msgpack.decode(raw) for raw in found.entries]
 
     def render() -> None:
-        context.table(
-            "",
-            ("SEQ", "TIME", "PASS", "EVENT", "OUTCOME", "WHO", "KEY", "DETAIL"),
-            (
-                (
-                    e["seq"],
-                    _time(e["time"]),
-                    e.get("passed", "") or "",
-                    e.get("op") or e["event"],
-                    e["outcome"] + (f" ({e['code']})" if e.get("code") else ""),
-                    e.get("principal", ""),
-                    e.get("key", ""),
-                    e.get("detail", "").replace("[", "\\["),
-                )
-                for e in entries
-            ),
-        )
+        for e in entries:
+            outcome = e["outcome"] + (f" ({e['code']})" if e.get("code") else "")
+            line = f"{e['seq']:>6}  {_time(e['time'])}  {e.get('op') or e['event']:<16} {outcome:<28}"
+            about = [
+                e.get("principal", ""),
+                e.get("key", ""),
+                f"pass {e['passed']}" if e.get("passed") else "",
+            ]
+            click.echo(line + "  ".join(a for a in about if a))
+            for part in filter(None, e.get("detail", "").split(" | ")):
+                click.echo(f"{'':>8}{part}")
 
     context.show({"entries": entries, "size": found.size, "root": found.root}, render)
 

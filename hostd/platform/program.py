@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Final
@@ -15,3 +18,14 @@ _PROGRAM: Final = "import sys; sys.path.append(sys.argv.pop(1)); from hostd.__ma
 def command(*arguments: str) -> list[str]:
     """argv of `hostd ARGUMENTS…` under this interpreter."""
     return [sys.executable, "-I", "-c", _PROGRAM, _ROOT, *arguments]
+
+
+_PR_SET_PDEATHSIG: Final = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(parent: int) -> None:
+    """In a child, before exec: SIGTERM when the thread of `parent` that started it ends (prctl(2))."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)

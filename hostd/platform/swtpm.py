@@ -10,11 +10,9 @@ read its state directory has its keys. There is no control channel, so nobody ca
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import os
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
@@ -26,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Final
 
+from hostd.platform.program import die_with_parent
 from hostd.platform.tpm_errors import TpmError, TpmUnavailableError
 from hostd.platform.tpm_tcti import SocketLink, check_response
 
@@ -40,8 +39,6 @@ _CLOSE_PLATFORM_HIERARCHY: Final = bytes.fromhex(
     "8002 00000020 00000121 4000000c 00000009 40000009 0000 00 0000 4000000c 00"
 )
 """TPM2_HierarchyControl(platform, platform, NO), empty password."""
-_PR_SET_PDEATHSIG: Final = 1
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def is_manufactured(state_dir: Path) -> bool:
@@ -165,7 +162,7 @@ def _spawn(state_dir: Path, socket_path: Path, log: Path | None) -> Swtpm:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=said,
-                preexec_fn=partial(_die_with_parent, os.getpid()),
+                preexec_fn=partial(die_with_parent, os.getpid()),
             )
         except OSError as error:
             raise TpmUnavailableError(f"swtpm: {error.strerror}") from error
@@ -188,13 +185,6 @@ def _command(path: Path, command: bytes, within_s: float) -> None:
     check_response(response)
     if any(response[6:10]):
         raise TpmUnavailableError(f"{path}: the TPM answers 0x{response[6:10].hex()}")
-
-
-def _die_with_parent(parent: int) -> None:
-    """In the child, before exec."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _clear_stale(path: Path) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hostd.core.findings import Component
     from hostd.vault.counters import Counters
     from hostd.vault.gate import Gate, Pass, Waiting
+    from hostd.vault.heads import Heads
     from hostd.vault.ledger import Ledger
     from hostd.vault.measuring import Measuring
     from hostd.vault.service import Done
@@ -71,6 +72,8 @@ class _Batch:
     began: int
     quoted: Quoted | None = None
     quoted_at: int = 0
+    head: tuple[int, bytes, bytes] = (0, b"", b"")
+    """Tree size and root and the evidence digest that the quote is asked to sign."""
     deadline: float = 0.0
     tries: dict[Component, int] = field(default_factory=dict)
     """Number of the last reading of a component that was pending in the second look."""
@@ -87,6 +90,7 @@ class Batches:
         measuring: Measuring,
         tpm: TpmLink,
         ledger: Ledger,
+        heads: Heads,
         store: Store,
         counters: Counters,
         evidence_digest: Callable[[Pass], bytes],
@@ -97,6 +101,7 @@ class Batches:
         self._measuring = measuring
         self._tpm = tpm
         self._ledger = ledger
+        self._heads = heads
         self._store = store
         self._counters = counters
         self._evidence_digest = evidence_digest
@@ -131,12 +136,9 @@ class Batches:
             executed = self._execute(request, wall, passed.number)
             shredded |= executed.done is not None and _job(request).shreds
             batch.executed.append(executed)
-        self._tpm.quote(
-            pass_qualifying(
-                passed.number, self._evidence_digest(passed), self._ledger.size, self._ledger.tree.root()
-            ),
-            self._on_quote,
-        )
+        size, root, digest = self._ledger.size, self._ledger.tree.root(), self._evidence_digest(passed)
+        batch.head = (size, root, digest)
+        self._tpm.quote(pass_qualifying(passed.number, digest, size, root), self._on_quote)
         try:
             self._ledger.sync()
             self._store.commit()
@@ -194,6 +196,13 @@ class Batches:
         if isinstance(result, TpmError):
             self._withhold(batch, UnavailableError("the TPM did not quote"), str(result))
             return
+        size, root, digest = batch.head
+        try:
+            self._heads.note(
+                size=size, root=root, passed=batch.passed.number, evidence_digest=digest, quoted=result
+            )
+        except HostdError as error:
+            self._shut(error.message)
         batch.quoted = result
         batch.quoted_at = time.monotonic_ns()
         batch.deadline = time.monotonic() + CONFIRM_S

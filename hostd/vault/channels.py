@@ -75,7 +75,10 @@ class WorkerChannel:
 
     def _on_record(self, record: serving.FromWorker, arrived: int) -> None:
         if isinstance(record, serving.OpenChannel):
-            # Asked for again when the certificate nears its end.
+            # Once: a worker that was taken over must not have the vault make keys all day.
+            if self._opened:
+                self.close()
+                return
             try:
                 self._out.append(self._desk.identity())
             except HostdError:

@@ -167,6 +167,14 @@ class Gate:
     def waiting(self) -> int:
         return sum(len(q.requests) for q in self._queues.values())
 
+    def _bound(self, caller: Caller) -> bool:
+        """Whether a VM is still the very process that the caller's channel was bound to."""
+        hypervisor = self._hypervisors.get(caller.vm)
+        return not caller.vm or (
+            hypervisor is not None
+            and (hypervisor.pid, hypervisor.start_time) == (caller.pid, caller.start_time)
+        )
+
     def _holds(self, request: Waiting, component: Component) -> bool:
         stamp = self._stamps.get(component)
         return (
@@ -176,7 +184,9 @@ class Gate:
         )
 
     def _may_execute(self, request: Waiting) -> bool:
-        return all(self._holds(request, c) for c in self.needs(request.caller))
+        return self._bound(request.caller) and all(
+            self._holds(request, c) for c in self.needs(request.caller)
+        )
 
     def take(self, now: int) -> tuple[list[Waiting], Pass] | None:
         """The next batch that may execute now, callers in turn, and the pass it rests on."""
@@ -184,11 +194,13 @@ class Gate:
             return None
         batch: list[Waiting] = []
         components: set[Component] = set()
+        share = max(1, self._batch // max(1, len(self._turn)))
         for _ in range(len(self._turn)):
+            if len(batch) == self._batch:
+                break  # those left are the first of the next batch
             caller = self._turn[0]
             self._turn.rotate(-1)
             requests = self._queues[caller].requests
-            share = max(1, self._batch // len(self._turn))
             taken = 0
             while (
                 requests

@@ -66,11 +66,15 @@ class Keyring:
 
     def lock(self) -> None:
         """Wipes ROOT and drops every key. Safe to call twice."""
-        self._cache.clear()
-        self._keks.clear()
+        self.drop()
         root, self._root = self._root, None
         if root is not None:
             root.wipe()
+
+    def drop(self) -> None:
+        """Drops all that was unwrapped; ROOT stays. (Drift of one VM: nothing of its tenant lies about.)"""
+        self._cache.clear()
+        self._keks.clear()
 
     def forget(self, key_id: str) -> None:
         """Drops the cached versions of a key."""

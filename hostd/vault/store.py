@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 APPLICATION_ID: Final = 0x68737464
 """`hstd`, in SQLite's header: what `file` and we look at."""
 FORMAT: Final = 1
+TOKEN_LIFE_MS: Final = 24 * 3600 * 1000
+"""An idempotency token is remembered for a day."""
 BUSY_S: Final = 2.0
 """We are the only writer; a lock held longer than this by somebody else is an error."""
 
@@ -48,6 +50,7 @@ CREATE TABLE tokens (
     tenant TEXT NOT NULL, token TEXT NOT NULL, request BLOB NOT NULL, key TEXT NOT NULL,
     created INTEGER NOT NULL, PRIMARY KEY (tenant, token)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX tokens_by_age ON tokens (created);
 CREATE TABLE drift (
     component TEXT PRIMARY KEY, findings BLOB NOT NULL, since INTEGER NOT NULL, ledger INTEGER NOT NULL
 ) STRICT;
@@ -271,6 +274,7 @@ class Store:
         return None if row is None else (bytes(row[0]), str(row[1]))
 
     def put_token(self, tenant: str, token: str, request: bytes, key: str, now: int) -> None:
+        self._write("DELETE FROM tokens WHERE created < ?", now - TOKEN_LIFE_MS)
         self._write("INSERT INTO tokens VALUES (?,?,?,?,?)", tenant, token, request, key, now)
 
     # ── Drift that no officer has cleared ─────────────────────────────────────────────────────────

@@ -32,6 +32,7 @@ from hostd.vault.channels import BrokerLink, WorkerChannel
 from hostd.vault.counters import Counters
 from hostd.vault.evidence import claims_for, pass_digest, spki_digest, statement_for
 from hostd.vault.gate import Gate, Pass, Refused, Waiting
+from hostd.vault.heads import Heads
 from hostd.vault.keyring import Keyring
 from hostd.vault.ledger import Entry, Ledger
 from hostd.vault.measuring import Measuring
@@ -50,8 +51,9 @@ if TYPE_CHECKING:
     from hostd.ipc import serving
     from hostd.ipc.loop import Loop
 
-OBSERVE_S: Final = 1.5
-"""How long evidence and health wait for fresh readings before they say how it stands."""
+OBSERVE_SHARE: Final = 0.5
+"""Of a request's deadline: how long evidence and health wait for fresh readings before they say how it
+stands. (A VM's files are hashed whole when it is first seen, which takes a second or so.)"""
 TICK_S: Final = 0.05
 UNSEAL_RETRY_S: Final = 2.0
 MUTATING: Final = (ops.CreateKey, ops.Rotate, ops.Shred)
@@ -69,6 +71,8 @@ class Vault:
         self.store = Store(config.state / "store.sqlite")
         self.ledger = Ledger(config.state / "ledger.jsonl")
         self.tpm = TpmLink(config, loop, self.counters)
+        self.heads = Heads(config.state / "head.json")
+        self.heads.check(self.ledger, self.tpm.record.ak_public)
         self.keyring = Keyring(self.store)
         self.mint = Mint(loop)
         self.service = Service(self.store, self.keyring, self.mint)
@@ -104,6 +108,7 @@ class Vault:
             measuring=self.measuring,
             tpm=self.tpm,
             ledger=self.ledger,
+            heads=self.heads,
             store=self.store,
             counters=self.counters,
             evidence_digest=self._evidence_digest,
@@ -257,6 +262,8 @@ class Vault:
         if self.gate.host_drifted():
             self.lock()
             self.set_shut("keys", "locked after drift; an officer has to clear it")
+        else:
+            self.keyring.drop()
         try:
             seq = self.record("drift", outcome="refused", detail=" | ".join(map(str, findings)))
             self.store.put_drift(str(component), findings, _utc_ms(), seq)
@@ -379,7 +386,8 @@ class Vault:
             channel.refuse(seq, error)
 
     def _observe(self, channel: WorkerChannel, arrived: int, then: Callable[[], None]) -> None:
-        self.gate.observe(Waiting(channel.caller, arrived, arrived + int(OBSERVE_S * 1e9), then))
+        until = arrived + int(OBSERVE_SHARE * self.config.gate.deadline_s * 1e9)
+        self.gate.observe(Waiting(channel.caller, arrived, until, then))
 
     def _answer_health(self, channel: WorkerChannel, seq: int) -> None:
         caller = channel.caller
@@ -482,6 +490,7 @@ class Vault:
         self.refusals.flush()
         self.broker.flush()
         self.record("stop", detail="vault stopped")
+        self.heads.save()
         self.tpm.close()
         self.store.close()
         self.ledger.close()

@@ -1,0 +1,117 @@
+"""The last signed head of the ledger, kept beside it: what the next start holds the ledger against.
+
+After a batch's quote the vault saves (at most once in `SAVE_S`, and when it stops) the tree head and the
+TPM's signature over it. On opening, the head's signature must be this host's AK's, and the ledger must
+still have those entries: whoever edits, drops or reorders entries while hostd is down is found out.
+Putting back an older ledger together with its older head is rollback, which this does not see.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+import msgspec
+
+from guestlib.attest.binding import pass_qualifying
+from guestlib.attest.quote import attestation_key, verify_quote
+from guestlib.attest.tpm2 import parse_public
+from guestlib.errors import MalformedError, VerificationError
+from hostd.platform.tpm_files import write_file
+from hostd.vault.ledger import LedgerError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hostd.vault.ledger import Ledger
+    from hostd.vault.tpmlink import Quoted
+
+SAVE_S: Final = 1.0
+MAX_HEAD_BYTES: Final = 16 << 10
+Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+
+
+class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tree head and the quote whose qualifying data it is in (base64 in JSON)."""
+
+    format: Literal["hostd-head/1"]
+    size: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    root: Digest
+    passed: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    evidence_digest: Digest
+    attest: Annotated[bytes, msgspec.Meta(max_length=1024)]
+    signature: Annotated[bytes, msgspec.Meta(max_length=1024)]
+    pcrs: dict[str, Digest]
+
+
+class Heads:
+    """Saves heads; `check` is for the start."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._head: Head | None = None
+        self._saved = 0.0
+
+    def check(self, ledger: Ledger, ak_public: bytes) -> int:
+        """Holds the opened ledger against the saved head; the entries it vouches for (0: no head yet).
+
+        Raises:
+            LedgerError: the head is not this host's, or the ledger is not the one it signs.
+        """
+        try:
+            with self._path.open("rb") as file:
+                data = file.read(MAX_HEAD_BYTES + 1)
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise LedgerError(f"{self._path}: {error.strerror}") from error
+        try:
+            head = msgspec.json.decode(data, type=Head)
+            pcrs = {int(index): value for index, value in head.pcrs.items()}
+            qualifying = pass_qualifying(head.passed, head.evidence_digest, head.size, head.root)
+            verify_quote(
+                attestation_key(parse_public(ak_public)), head.attest, head.signature, qualifying, pcrs
+            )
+        except (ValueError, RecursionError, MalformedError, VerificationError) as error:
+            raise LedgerError(f"{self._path}: not a head that this host's TPM signed: {error}") from error
+        if ledger.size < head.size:
+            raise LedgerError(
+                f"{ledger.path}: has {ledger.size} entries, the signed head {head.size}: entries are missing"
+            )
+        if ledger.tree.root(head.size) != head.root:
+            raise LedgerError(
+                f"{ledger.path}: its first {head.size} entries are not those that were signed: "
+                "entries were edited, replaced or reordered"
+            )
+        return head.size
+
+    def note(self, *, size: int, root: bytes, passed: int, evidence_digest: bytes, quoted: Quoted) -> None:
+        """Takes a head that was just quoted; saved when the last save is old enough.
+
+        Raises:
+            LedgerError: it could not be saved.
+        """
+        self._head = Head(
+            format="hostd-head/1",
+            size=size,
+            root=root,
+            passed=passed,
+            evidence_digest=evidence_digest,
+            attest=quoted.quote.attest,
+            signature=quoted.quote.signature,
+            pcrs={str(index): value for index, value in quoted.pcrs.items()},
+        )
+        if time.monotonic() - self._saved >= SAVE_S:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the latest head, whole or not at all."""
+        head, self._head = self._head, None
+        if head is None:
+            return
+        self._saved = time.monotonic()
+        try:
+            write_file(self._path, msgspec.json.encode(head))
+        except OSError as error:
+            raise LedgerError(f"{self._path}: {os.strerror(error.errno or 0)}") from error

@@ -175,6 +175,7 @@ class GuestsProbe:
         self._source = config.provider
         self._directory = Directory(config.libvirt_uri) if config.provider == "libvirt" else None
         self._vouched: dict[Key, Said] = {}
+        self._said: dict[Key, Said] = {}
         self._waited_for: frozenset[Key] = frozenset()
         self.guests: tuple[Guest, ...] = ()
         """As of the last `look`."""
@@ -190,12 +191,29 @@ class GuestsProbe:
         """Finds all hypervisor processes, and who they are."""
         found = self._scanner.scan()
         said = self._ask(found) if self._directory is not None else _ask_themselves(found)
-        self.guests = tuple(
-            Guest(self._hypervisor(process, said[process.key]), process)
-            for process in found
-            if process.key in said
-        )
+        guests: list[Guest] = []
+        for process in found:
+            word = said.get(process.key)
+            if word is None:
+                continue
+            guest = Guest(self._hypervisor(process, word), process)
+            if word.cid and not process.vsock:
+                with contextlib.suppress(ProcessGoneError, MalformedProcError, OSError):
+                    guest = self.refresh(guest, word)
+            guests.append(guest)
+        self.guests = tuple(guests)
+        self._said = said
         return self.guests
+
+    def refresh(self, guest: Guest, said: Said | None = None) -> Guest:
+        """The same process with all that may have changed read anew.
+
+        Raises:
+            ProcessGoneError: it has ended, or runs another program.
+            MalformedProcError: /proc gave what it should not.
+        """
+        self._scanner.refresh(guest.found)
+        return Guest(self._hypervisor(guest.found, said or self._said[guest.found.key]), guest.found)
 
     def alive(self) -> frozenset[Key]:
         """(pid, start time) of the hypervisor processes as of the last `look`."""

@@ -88,7 +88,8 @@ class Measurer:
         return self._read_process(_only(matching, f"pid {request.pid}"))
 
     def _read_process(self, guest: Guest) -> ProcessReading:
-        return self.processes.read(guest.hypervisor, guest.found.handle)
+        fresh = self.guests.refresh(guest)
+        return self.processes.read(fresh.hypervisor, fresh.found.handle)
 
     def _read_files(self) -> FilesReading:
         for guest in self.guests.guests:

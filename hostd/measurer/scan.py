@@ -21,6 +21,7 @@ from hostd.platform.procfs import (
     ProcessGoneError,
     ProcessHandle,
     parse_uid,
+    readable,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class Scanner:
                 target = os.readlink(f"/proc/{name}/exe")
             except OSError:
                 continue
-            if target.removesuffix(DELETED) in self._binaries and self._look(int(name)):
+            executable = readable(os.fsencode(target))
+            if executable.removesuffix(DELETED) in self._binaries and self._look(int(name), executable):
                 seen.add(int(name))
         for pid in self._found.keys() - seen:
             self._found.pop(pid).handle.close()
@@ -79,40 +81,48 @@ class Scanner:
             raise MalformedProcError(f"over {MAX_HYPERVISORS} hypervisor processes")
         return [self._found[pid] for pid in sorted(seen)]
 
-    def _look(self, pid: int) -> bool:
-        """Brings one process up to date; False if it is none (any more)."""
-        known = self._found.pop(pid, None)
+    def _look(self, pid: int, executable: str) -> bool:
+        """Whether this is a hypervisor process, known or new. For a known one this is one short read."""
+        known = self._found.get(pid)
+        if known is not None:
+            try:
+                stat = known.handle.stat()
+                if not stat.ended and stat.start_time == known.start_time:
+                    known.executable = executable
+                    return True
+            except (ProcessGoneError, MalformedProcError, OSError):
+                pass
+            self._found.pop(pid).handle.close()
+        handle = None
         try:
-            if known is not None and known.handle.stat().start_time != known.start_time:
-                raise ProcessGoneError("another process")
-        except ProcessGoneError:
-            assert known is not None
-            known.handle.close()
-            known = None
-        handle = None if known is None else known.handle
-        try:
-            handle = handle or ProcessHandle(pid)
-            stat = handle.stat()
-            executable = handle.link("exe")
-            if stat.ended or executable.removesuffix(DELETED) not in self._binaries:
-                raise ProcessGoneError("no hypervisor any more")
-            uid = parse_uid(handle.read("status", MAX_STATUS_BYTES))
-            if known is None:
-                known = Found(handle, stat.start_time, executable, uid)
-            known.executable, known.uid = executable, uid
-            if not (known.kvm and known.vsock):
-                self._look_at_descriptors(known)
+            handle = ProcessHandle(pid)
+            found = Found(handle, handle.stat().start_time, executable, uid=0)
+            self.refresh(found)
         except (ProcessGoneError, MalformedProcError, OSError):
             if handle is not None:
                 handle.close()
             return False
-        self._found[pid] = known
+        self._found[pid] = found
         return True
 
-    def _look_at_descriptors(self, found: Found) -> None:
-        kvm, vsock = descriptors(found.handle, self._vsock_device)
-        found.kvm |= kvm
-        found.vsock |= vsock
+    def refresh(self, found: Found) -> None:
+        """Reads anew what may change while a process lives: its file's name, its user, what it holds.
+
+        Raises:
+            ProcessGoneError: it has ended, or runs another program.
+            MalformedProcError: /proc gave what it should not.
+        """
+        handle = found.handle
+        if handle.stat().ended:
+            raise ProcessGoneError("the process has ended")
+        found.executable = handle.link("exe")
+        if found.executable.removesuffix(DELETED) not in self._binaries:
+            raise ProcessGoneError("it runs another program")
+        found.uid = parse_uid(handle.read("status", MAX_STATUS_BYTES))
+        if not (found.kvm and found.vsock):
+            kvm, vsock = descriptors(handle, self._vsock_device)
+            found.kvm |= kvm
+            found.vsock |= vsock
 
     def close(self) -> None:
         for found in self._found.values():

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from hostd.core.appraise_files import FileBook
-from hostd.core.appraise_ima import ImaLog
+from hostd.core.appraise_ima import Accepted, ImaLog
 from hostd.core.appraise_posture import appraise_posture
 from hostd.core.appraise_process import Processes
 from hostd.core.codes import Code
@@ -48,6 +48,8 @@ class Rules:
     allow_jit: bool
     protected: tuple[str, ...]
     """Path prefixes whose IMA entries must be known. Empty protects every path."""
+    accepted: Accepted | None = None
+    """What an officer has accepted of the IMA log."""
 
 
 class Appraiser:
@@ -57,7 +59,7 @@ class Appraiser:
         self.reference = reference
         """May be replaced; everything is judged against the one that is here at the time."""
         self.files = FileBook()
-        self.ima = ImaLog(rules.protected or ("",))
+        self.ima = ImaLog(rules.protected or ("",), rules.accepted)
         self._processes = Processes(allow_jit=rules.allow_jit)
         self._running: int | None = None
 

@@ -5,12 +5,14 @@ log is only as true as PCR 10 says: `matches` tells up to which byte the log rep
 the TPM quoted. The quote is taken first and the log read after, so later entries stay pending.
 
 An entry stays in the log until the next boot, and so does its finding here: until the reference values
-know its digest, or an officer accepts it (`accept`).
+know its digest, or an officer accepts the log up to it (`so_far`, given to the next `ImaLog`). Nobody
+accepts a log that is malformed.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from guestlib.attest.imalog import PCR_START, Entry, MalformedLogError, extend, parse_entries
@@ -31,11 +33,20 @@ MAX_UNRESOLVED: Final = 4096
 """Entries kept as findings; further ones are counted."""
 
 
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What an officer has accepted: entries in the first `position` bytes of this boot's log."""
+
+    boot_id: str
+    position: int
+
+
 class ImaLog:
     """The log as far as it was read, its replay, and the entries that are not as they should be."""
 
-    def __init__(self, protected: Iterable[str]) -> None:
+    def __init__(self, protected: Iterable[str], accepted: Accepted | None = None) -> None:
         self._protected = tuple(protected)
+        self._accepted = accepted
         self._start_over()
 
     def _start_over(self) -> None:
@@ -70,7 +81,8 @@ class ImaLog:
             self._malformed = self._malformed or f"byte {reading.offset + error.offset} of the log: {error}"
             return Verdict(IMA, Status.DRIFTED, self._findings(reference))
         for entry in entries:
-            self._judge(entry, reference)
+            if not self._is_accepted(reading.offset + entry.end):
+                self._judge(entry, reference)
             self.pcr10 = extend(self.pcr10, entry)
             self.entries += 1
             self._states.append((reading.offset + entry.end, self.pcr10))
@@ -96,10 +108,14 @@ class ImaLog:
         while len(self._states) > 1 and self._states[0][0] < position:
             self._states.popleft()
 
-    def accept(self) -> None:
-        """An officer accepts the entries found so far. Not a log that is malformed."""
-        self._unresolved.clear()
-        self._more = 0
+    @property
+    def so_far(self) -> Accepted:
+        """What an officer accepts who accepts all that was found until now: for the next `ImaLog`."""
+        return Accepted(self._boot_id, self.position)
+
+    def _is_accepted(self, end: int) -> bool:
+        accepted = self._accepted
+        return accepted is not None and accepted.boot_id == self._boot_id and end <= accepted.position
 
     def _judge(self, entry: Entry, reference: Reference) -> None:
         if entry.path and not entry.path.startswith(self._protected):

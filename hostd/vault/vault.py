@@ -19,7 +19,8 @@ from guestlib.attest.binding import evidence_qualifying
 from guestlib.attest.evidence import Evidence, QuotedBytes, encode_evidence, encode_statement
 from guestlib.errors import HostdError, RefusedDriftError, UnavailableError
 from hostd.core.appraisal import Appraiser, Rules
-from hostd.core.findings import GUESTS, Component, Finding, Kind, Severity, Status, Verdict
+from hostd.core.appraise_ima import Accepted
+from hostd.core.findings import GUESTS, IMA, Component, Finding, Kind, Severity, Status, Verdict
 from hostd.core.readings import GuestsReading, Reading
 from hostd.core.reference import MalformedReferenceError, Reference, parse_reference, reference_digest
 from hostd.ipc import operating
@@ -78,6 +79,10 @@ class Vault:
         self.service = Service(self.store, self.keyring, self.mint)
         self.reference: Reference | None = None
         self.reference_digest: bytes | None = None
+        self._accepted: Accepted | None = None
+        self._newly_accepted = False
+        self._found_in_log: Accepted | None = None
+        """The log as far as it was read when its drift was recorded: what an officer has seen of it."""
         self.channel_ca: ChannelCa | None = None
         self._channel_ca_digest = bytes(32)
         self._unsealing = False
@@ -164,7 +169,11 @@ class Vault:
     def _new_appraiser(self) -> Appraiser | None:
         if self.reference is None:
             return None
-        rules = Rules(allow_jit=self.config.hypervisor.allow_jit, protected=self.config.measure.protected)
+        rules = Rules(
+            allow_jit=self.config.hypervisor.allow_jit,
+            protected=self.config.measure.protected,
+            accepted=self._accepted,
+        )
         return Appraiser(self.reference, rules)
 
     def _evidence_digest(self, passed: Pass) -> bytes:
@@ -199,6 +208,7 @@ class Vault:
             if self.channel_ca is None:
                 self.channel_ca = ChannelCa.load(self.store, self.keyring, utc_now())
                 self._channel_ca_digest = spki_digest(self.channel_ca.certificate_der)
+            self._keep_accepted()
             self._load_reference()
             self.store.commit()
         except (IntegrityError, MalformedReferenceError) as error:
@@ -215,6 +225,17 @@ class Vault:
         wrapped = self.store.meta("reference")
         if wrapped is not None and self.reference is None:
             self._use_reference(parse_reference(self.keyring.unwrap_service_key("reference", wrapped)))
+
+    def _keep_accepted(self) -> None:
+        """What officers have accepted of the IMA log survives a restart, under the keys."""
+        name = "ima_accepted"
+        if self._newly_accepted:
+            body = msgspec.msgpack.encode(self._accepted)
+            self.store.set_meta(name, self.keyring.wrap_service_key(name, body))
+            self._newly_accepted = False
+        elif (wrapped := self.store.meta(name)) is not None:
+            body = self.keyring.unwrap_service_key(name, wrapped)
+            self._accepted = msgspec.msgpack.decode(body, type=Accepted)
 
     def _use_reference(self, reference: Reference) -> None:
         self.reference = reference
@@ -255,6 +276,8 @@ class Vault:
         self._react(component, findings, refused)
 
     def _react(self, component: Component, findings: tuple[Finding, ...], refused: list[Refused]) -> None:
+        if component == IMA and self.measuring.appraiser is not None:
+            self._found_in_log = self.measuring.appraiser.ima.so_far
         for finding in findings:
             self.counters.count(
                 "hostd_findings_total", kind=str(component.kind), code=finding.code, severity=finding.severity
@@ -280,6 +303,13 @@ class Vault:
         self.store.clear_drift(str(component))
         self.store.commit()
         self.gate.clear(component)
+        if component == IMA and self._found_in_log is not None:
+            # What came after the finding was never shown to the officer, and is judged again.
+            self._accepted, self._found_in_log = self._found_in_log, None
+            self._newly_accepted = True
+            if self.keyring.unlocked:
+                self._keep_accepted()
+                self.store.commit()
         # What was learnt of processes and files before the drift is no longer vouched for.
         self.measuring.restart()
         self.unseal()

@@ -6,6 +6,7 @@ import pytest
 
 from guestlib.attest.imalog import PCR_START, parse_entries, replay
 from hostd.core.appraisal import Appraiser, Rules
+from hostd.core.appraise_ima import Accepted
 from hostd.core.codes import Code
 from hostd.core.findings import FILES, GUESTS, IMA, POSTURE, Finding, Status, Verdict, process_of
 from hostd.core.readings import (
@@ -471,8 +472,14 @@ def test_ima_violation(appraiser: Appraiser) -> None:
     # Reference values do not make it good, not even for the digest it shows; an officer does.
     appraiser.reference = reference(log=parse_entries(data + bad), survey={"/usr/bin/ok": bytes(32)})
     only(appraiser.appraise(IMA, ima(b"", len(data + bad))), Code.IMA_VIOLATION)
-    appraiser.ima.accept()
-    assert appraiser.appraise(IMA, ima(b"", len(data + bad))).good
+    accepted = appraiser.ima.so_far
+    rules = Rules(allow_jit=False, protected=("/usr/",), accepted=accepted)
+    assert Appraiser(reference(), rules).appraise(IMA, ima(data + bad)).good
+    # What came after the officer looked is judged; so is another boot's log.
+    later = entry("/usr/bin/ok", violation=True)
+    only(Appraiser(reference(), rules).appraise(IMA, ima(data + bad + later)), Code.IMA_VIOLATION)
+    another = ima(data + bad, boot_id="c" * 36)
+    only(Appraiser(reference(), rules).appraise(IMA, another), Code.IMA_VIOLATION)
 
 
 def test_ima_unknown_template(appraiser: Appraiser) -> None:
@@ -481,8 +488,8 @@ def test_ima_unknown_template(appraiser: Appraiser) -> None:
 
 def test_ima_malformed(appraiser: Appraiser) -> None:
     only(appraiser.appraise(IMA, ima(GOOD[:-1])), Code.IMA_MALFORMED)
-    appraiser.ima.accept()
-    only(appraiser.appraise(IMA, ima(GOOD)), Code.IMA_MALFORMED)
+    rules = Rules(allow_jit=False, protected=("/usr/",), accepted=Accepted("b" * 36, 1 << 20))
+    only(Appraiser(reference(), rules).appraise(IMA, ima(GOOD[:-1])), Code.IMA_MALFORMED)
 
 
 def test_ima_another_boot_starts_over(appraiser: Appraiser) -> None:

@@ -12,7 +12,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -74,9 +74,15 @@ def start(
             except BaseException:
                 started.kill()
                 raise
-        assert process.stderr is not None
-        process.stderr.close()
+            finally:
+                _close(process.stderr)
+        _close(process.stderr)
         return started
+
+
+def _close(pipe: IO[bytes] | None) -> None:
+    if pipe is not None:
+        pipe.close()
 
 
 def _greeting(process: subprocess.Popen[bytes], control: str) -> None:
@@ -86,10 +92,11 @@ def _greeting(process: subprocess.Popen[bytes], control: str) -> None:
             assert process.stderr is not None
             raise AssertionError(f"QEMU ended: {process.stderr.read()!r}")
         with (
-            contextlib.suppress(FileNotFoundError, ConnectionRefusedError),
+            contextlib.suppress(FileNotFoundError, ConnectionRefusedError, TimeoutError),
             socket.socket(socket.AF_UNIX) as s,
         ):
-            s.settimeout(START_S)
+            # A command that comes while the monitor is being set up may be lost: ask again.
+            s.settimeout(1.0)
             s.connect(control)
             s.sendall(b'{"execute": "qmp_capabilities"}')
             answer = b""

@@ -1,0 +1,41 @@
+"""One figure after another: a JSON line on standard output each, and all in `build/bench.json`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PATH = Path("build/bench.json")
+NOISE = "shared machine: compare runs, not single figures"
+
+
+class Report:
+    def __init__(self) -> None:
+        self._lines: list[dict[str, object]] = []
+
+    def add(
+        self, name: str, value: float, unit: str, *, samples: int, note: str, **more: float | str | bool
+    ) -> None:
+        line: dict[str, object] = {
+            "name": name, "value": round(value, 3), "unit": unit, "samples": samples, **more,
+            "note": f"{note}; {NOISE}",
+        }  # fmt: skip
+        self._lines.append(line)
+        print(json.dumps(line), flush=True)
+
+    def write(self) -> None:
+        PATH.parent.mkdir(exist_ok=True)
+        PATH.write_text(json.dumps(self._lines, indent=1) + "\n")
+
+
+def percentile(sorted_values: Sequence[float], fraction: float) -> float:
+    return sorted_values[min(len(sorted_values) - 1, int(len(sorted_values) * fraction))]
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)

@@ -229,11 +229,11 @@ class Operators:
             reference = parse_reference(command.document)
         except MalformedReferenceError as error:
             raise MalformedError(str(error)) from error
-        self._vault.install_reference(reference, command.document, connection.officer.principal)
+        self._vault.custody.install_reference(reference, command.document, connection.officer.principal)
         self._answer(connection, seq, adm.Document(b"", reference_digest(reference).hex()))
 
     def _show_baseline(self, connection: _Connection, seq: int, _command: adm.ShowBaseline) -> None:
-        reference = self._vault.reference
+        reference = self._vault.custody.reference
         if reference is None:
             raise NotFoundError("no reference values are in force")
         self._answer(
@@ -287,15 +287,15 @@ class Operators:
         self._answer(connection, seq, adm.LedgerVerified(tree.size, tree.root().hex(), problem))
 
     def _trust_bundle(self, connection: _Connection, seq: int, _command: adm.TrustBundle) -> None:
-        vault = self._vault
-        if vault.channel_ca is None or vault.reference_digest is None:
+        vault, custody = self._vault, self._vault.custody
+        if custody.channel_ca is None or custody.reference is None:
             raise UnavailableError("the keys are not unsealed or no reference values are in force")
         bundle = TrustBundle(
             require=frozenset({*vault.config.measure.require, str(Kind.PROCESS)}),
             aks=(vault.tpm.record.ak_public,),
-            channel_ca=vault.channel_ca.certificate_der,
+            channel_ca=custody.channel_ca.certificate_der,
             pcrs=tuple((i, frozenset({v})) for i, v in sorted(vault.tpm.sealed_to.items())),
-            reference=frozenset({vault.reference_digest}),
+            reference=frozenset({custody.reference_digest}),
         )
         document = encode_bundle(bundle)
         self._answer(connection, seq, adm.Document(document, ""))

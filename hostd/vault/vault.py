@@ -13,36 +13,28 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
-from guestlib.attest.binding import evidence_qualifying
-from guestlib.attest.evidence import Evidence, QuotedBytes, encode_evidence, encode_statement
-from guestlib.errors import HostdError, RefusedDriftError, UnavailableError
-from hostd.core.appraisal import Appraiser, Rules
-from hostd.core.appraise_ima import Accepted
-from hostd.core.findings import GUESTS, IMA, Component, Finding, Kind, Severity, Status, Verdict
+from guestlib.errors import HostdError
+from hostd.core.findings import GUESTS, Component, Finding, Kind, Severity, Status, Verdict
 from hostd.core.readings import GuestsReading, Reading
-from hostd.core.reference import MalformedReferenceError, Reference, parse_reference, reference_digest
 from hostd.ipc import operating
 from hostd.ipc import operations as ops
-from hostd.platform.secretmem import SecretBuffer
-from hostd.platform.tpm_errors import TpmError, TpmPolicyError
 from hostd.vault.batches import Batches, Job
-from hostd.vault.channelca import ChannelCa, utc_now
 from hostd.vault.channels import BrokerLink, WorkerChannel
 from hostd.vault.counters import Counters
-from hostd.vault.evidence import claims_for, pass_digest, spki_digest, statement_for
+from hostd.vault.custody import Custody
+from hostd.vault.drift import Drift
+from hostd.vault.evidence import pass_digest
 from hostd.vault.gate import Gate, Pass, Refused, Waiting
 from hostd.vault.heads import Heads
 from hostd.vault.keyring import Keyring
 from hostd.vault.ledger import Entry, Ledger
 from hostd.vault.measuring import Measuring
 from hostd.vault.mint import Mint
-from hostd.vault.primitives import IntegrityError
 from hostd.vault.refusals import WINDOW_S, Refusals
 from hostd.vault.service import Service
 from hostd.vault.store import Store
-from hostd.vault.tpmlink import Quoted, TpmLink
+from hostd.vault.tpmlink import TpmLink
+from hostd.vault.witness import OBSERVE_SHARE, UNGATED, Witness
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,13 +44,8 @@ if TYPE_CHECKING:
     from hostd.ipc import serving
     from hostd.ipc.loop import Loop
 
-OBSERVE_SHARE: Final = 0.5
-"""Of a request's deadline: how long evidence and health wait for fresh readings before they say how it
-stands. (A VM's files are hashed whole when it is first seen, which takes a second or so.)"""
 TICK_S: Final = 0.05
-UNSEAL_RETRY_S: Final = 2.0
 MUTATING: Final = (ops.CreateKey, ops.Rotate, ops.Shred)
-UNGATED: Final = (ops.Health, ops.GetEvidence, ops.GetEvidenceLog)
 
 
 class Vault:
@@ -77,15 +64,6 @@ class Vault:
         self.keyring = Keyring(self.store)
         self.mint = Mint(loop)
         self.service = Service(self.store, self.keyring, self.mint)
-        self.reference: Reference | None = None
-        self.reference_digest: bytes | None = None
-        self._accepted: Accepted | None = None
-        self._newly_accepted = False
-        self._found_in_log: Accepted | None = None
-        """The log as far as it was read when its drift was recorded: what an officer has seen of it."""
-        self.channel_ca: ChannelCa | None = None
-        self._channel_ca_digest = bytes(32)
-        self._unsealing = False
         self.shut_reasons: dict[str, str] = {
             "keys": "the root key is not unsealed",
             "reference": "no reference values are in force",
@@ -98,14 +76,32 @@ class Vault:
             batch=config.gate.batch,
         )
         self._apply_shut()
-        self._restore_drift()
+        self.custody = Custody(
+            self,
+            config,
+            loop,
+            gate=self.gate,
+            store=self.store,
+            keyring=self.keyring,
+            mint=self.mint,
+            tpm=self.tpm,
+        )
+        self.drift = Drift(
+            self,
+            gate=self.gate,
+            store=self.store,
+            keyring=self.keyring,
+            custody=self.custody,
+            counters=self.counters,
+        )
+        self.drift.restore()
         self.refusals = Refusals(self.ledger, self.counters, self._ledger_failed)
         self.measuring = Measuring(
             loop,
             config.run / "measurer.sock",
             uid=config.uid_of("measurer"),
             deadline_s=config.measure.deadline_s,
-            new_appraiser=self._new_appraiser,
+            new_appraiser=self.custody.new_appraiser,
             listener=self,
         )
         self.batches = Batches(
@@ -120,9 +116,18 @@ class Vault:
             found=self.found,
             shut=self._ledger_failed,
         )
+        self.witness = Witness(
+            gate=self.gate,
+            measuring=self.measuring,
+            custody=self.custody,
+            ledger=self.ledger,
+            tpm=self.tpm,
+            wait_s=OBSERVE_SHARE * config.gate.deadline_s,
+            kick=self.kick,
+        )
         self.broker = BrokerLink(self, loop, config.run / "broker.sock", gateway_uid=config.uid_of("gateway"))
         self.record("start", detail="vault started")
-        self.unseal()
+        self.custody.unseal()
         loop.every(TICK_S, self.kick)
         loop.every(WINDOW_S, self.refusals.close_window)
 
@@ -166,154 +171,25 @@ class Vault:
     def _apply_shut(self) -> None:
         self.gate.shut = next(iter(self.shut_reasons.values()), None)
 
-    def _new_appraiser(self) -> Appraiser | None:
-        if self.reference is None:
-            return None
-        rules = Rules(
-            allow_jit=self.config.hypervisor.allow_jit,
-            protected=self.config.measure.protected,
-            accepted=self._accepted,
-        )
-        return Appraiser(self.reference, rules)
-
     def _evidence_digest(self, passed: Pass) -> bytes:
-        return pass_digest(passed, self.reference_digest or bytes(32), self._channel_ca_digest)
+        return pass_digest(passed, self.custody.reference_digest, self.custody.channel_ca_digest)
 
-    # ── Keys: unsealing, locking, reference values ────────────────────────────────────────────────
-
-    def unseal(self) -> None:
-        """Asks the TPM for the root key, unless a drift of the host keeps the vault locked."""
-        if self._unsealing or self.keyring.unlocked:
-            return
-        if self.gate.host_drifted():
-            self.set_shut("keys", "locked after drift; an officer has to clear it")
-            return
-        self._unsealing = True
-        self.tpm.unseal(self._on_unsealed)
-
-    def _on_unsealed(self, result: SecretBuffer | TpmError) -> None:
-        self._unsealing = False
-        if isinstance(result, TpmError):
-            self.set_shut("keys", f"the TPM does not unseal the root key: {result}")
-            self.record("unseal", outcome="failed", detail=str(result))
-            # A PCR that differs stays so until a reboot; a TPM that did not answer may come back.
-            if not isinstance(result, TpmPolicyError):
-                self.loop.call_after(UNSEAL_RETRY_S, self.unseal)
-            return
-        if self.gate.host_drifted():
-            result.wipe()
-            return
-        self.keyring.unlock(result)
-        try:
-            if self.channel_ca is None:
-                self.channel_ca = ChannelCa.load(self.store, self.keyring, utc_now())
-                self._channel_ca_digest = spki_digest(self.channel_ca.certificate_der)
-            self._keep_accepted()
-            self._load_reference()
-            self.store.commit()
-        except (IntegrityError, MalformedReferenceError) as error:
-            self.lock()
-            self.set_shut("keys", f"the store is not this host's, or was altered: {error}")
-            self.record("unseal", outcome="failed", detail=str(error))
-            return
-        self.mint.start()
-        self.set_shut("keys", None)
-        self.record("unseal", detail="root key unsealed")
-        self.kick()
-
-    def _load_reference(self) -> None:
-        wrapped = self.store.meta("reference")
-        if wrapped is not None and self.reference is None:
-            self._use_reference(parse_reference(self.keyring.unwrap_service_key("reference", wrapped)))
-
-    def _keep_accepted(self) -> None:
-        """What officers have accepted of the IMA log survives a restart, under the keys."""
-        name = "ima_accepted"
-        if self._newly_accepted:
-            body = msgspec.msgpack.encode(self._accepted)
-            self.store.set_meta(name, self.keyring.wrap_service_key(name, body))
-            self._newly_accepted = False
-        elif (wrapped := self.store.meta(name)) is not None:
-            body = self.keyring.unwrap_service_key(name, wrapped)
-            self._accepted = msgspec.msgpack.decode(body, type=Accepted)
-
-    def _use_reference(self, reference: Reference) -> None:
-        self.reference = reference
-        self.reference_digest = reference_digest(reference)
-        self.set_shut("reference", None)
+    def new_reference(self) -> None:
+        """Other reference values are in force: everything is judged anew."""
         self.measuring.restart()
-
-    def install_reference(self, reference: Reference, document: bytes, officer: str) -> None:
-        """Puts reviewed reference values into force.
-
-        Raises:
-            UnavailableError: the keys are locked (the document is stored under them).
-        """
-        digest = reference_digest(reference).hex()
-        self.store.set_meta("reference", self.keyring.wrap_service_key("reference", document))
-        self.record("baseline", principal=officer, detail=f"reference values {digest}")
-        self.store.commit()
-        self._use_reference(reference)
-
-    def lock(self) -> None:
-        """Keys leave memory. (The channel CA stays: a guest must be able to ask why.)"""
-        self.keyring.lock()
-        self.mint.stop()
 
     # ── Drift ─────────────────────────────────────────────────────────────────────────────────────
 
-    def _restore_drift(self) -> None:
-        for component, raw, _since, _ledger in self.store.drift():
-            findings = msgspec.msgpack.decode(raw, type=tuple[Finding, ...])
-            kind, _, vm = component.partition(":")
-            self.gate.latch(Component(Kind(kind), vm), findings)
-
     def found(self, component: Component, findings: tuple[Finding, ...]) -> None:
-        """A component has drifted: close, record, lock."""
-        if component in self.gate.latched:
-            return
-        refused = self.gate.latch(component, findings)
-        self._react(component, findings, refused)
-
-    def _react(self, component: Component, findings: tuple[Finding, ...], refused: list[Refused]) -> None:
-        if component == IMA and self.measuring.appraiser is not None:
-            self._found_in_log = self.measuring.appraiser.ima.so_far
-        for finding in findings:
-            self.counters.count(
-                "hostd_findings_total", kind=str(component.kind), code=finding.code, severity=finding.severity
-            )
-        if self.gate.host_drifted():
-            self.lock()
-            self.set_shut("keys", "locked after drift; an officer has to clear it")
-        else:
-            self.keyring.drop()
-        try:
-            seq = self.record("drift", outcome="refused", detail=" | ".join(map(str, findings)))
-            self.store.put_drift(str(component), findings, _utc_ms(), seq)
-            self.store.commit()
-        except HostdError as error:
-            self._ledger_failed(error.message)
-        self._refuse(refused)
+        """The pipeline found a drift that no reading shows (a PCR, a log that does not replay)."""
+        if component not in self.gate.latched:
+            refused = self.gate.latch(component, findings)
+            self.drift.react(component, findings, self.measuring)
+            self._refuse(refused)
 
     def clear_drift(self, component: Component, reason: str, officer: str) -> bool:
         """An officer vouches for the component again; False if it had not drifted."""
-        if component not in self.gate.latched:
-            return False
-        self.record("clear", principal=officer, detail=f"{component}: {reason}")
-        self.store.clear_drift(str(component))
-        self.store.commit()
-        self.gate.clear(component)
-        if component == IMA and self._found_in_log is not None:
-            # What came after the finding was never shown to the officer, and is judged again.
-            self._accepted, self._found_in_log = self._found_in_log, None
-            self._newly_accepted = True
-            if self.keyring.unlocked:
-                self._keep_accepted()
-                self.store.commit()
-        # What was learnt of processes and files before the drift is no longer vouched for.
-        self.measuring.restart()
-        self.unseal()
-        return True
+        return self.drift.clear(component, reason, officer, self.measuring)
 
     # ── The measurer's listener ───────────────────────────────────────────────────────────────────
 
@@ -337,9 +213,8 @@ class Vault:
         known = verdict.component in self.gate.latched
         refused = self.gate.judged(verdict, started=started, ended=ended)
         if verdict.status is Status.DRIFTED and not known:
-            self._react(verdict.component, verdict.findings, refused)
-        else:
-            self._refuse(refused)
+            self.drift.react(verdict.component, verdict.findings, self.measuring)
+        self._refuse(refused)
         for finding in verdict.findings:
             if finding.severity is Severity.WARNING:
                 self.counters.count(
@@ -357,10 +232,7 @@ class Vault:
         self.measuring.who(cid, pid, told)
 
     def identity(self) -> serving.ChannelIdentity:
-        """Raises: UnavailableError, the keys have not been unsealed since the start."""
-        if self.channel_ca is None:
-            raise UnavailableError("the channel CA is not available")
-        return self.channel_ca.issue(utc_now())
+        return self.custody.identity()
 
     def on_gone(self, caller: Caller) -> None:
         if all(c.closed or c.caller != caller for c in self.broker.channels):
@@ -377,7 +249,7 @@ class Vault:
             channel.refuse(seq, error)
 
         if isinstance(operation, UNGATED):
-            self._on_ungated(channel, seq, operation, arrived)
+            self.witness.on_call(channel, seq, operation, arrived)
             return
         job = Job(
             name=name,
@@ -395,65 +267,6 @@ class Vault:
             self.gate.arrive(Waiting(caller, arrived, deadline, job))
         except HostdError as error:
             self.refusals.refuse(caller.principal, job.name, error, job.refuse)
-
-    # ── What works while the gate is closed ───────────────────────────────────────────────────────
-
-    def _on_ungated(
-        self, channel: WorkerChannel, seq: int, operation: ops.UngatedOperation, arrived: int
-    ) -> None:
-        try:
-            match operation:
-                case ops.GetEvidenceLog():
-                    log = self.measuring.ima_log
-                    data = bytes(log[operation.offset : operation.offset + ops.IMA_CHUNK_BYTES])
-                    channel.answer(seq, ops.EvidenceLogResult(data=data), None)
-                case ops.Health():
-                    self._observe(channel, arrived, lambda: self._answer_health(channel, seq))
-                case ops.GetEvidence():
-                    nonce = operation.nonce
-                    self._observe(channel, arrived, lambda: self._answer_evidence(channel, seq, nonce))
-        except HostdError as error:
-            channel.refuse(seq, error)
-
-    def _observe(self, channel: WorkerChannel, arrived: int, then: Callable[[], None]) -> None:
-        until = arrived + int(OBSERVE_SHARE * self.config.gate.deadline_s * 1e9)
-        self.gate.observe(Waiting(channel.caller, arrived, until, then))
-
-    def _answer_health(self, channel: WorkerChannel, seq: int) -> None:
-        caller = channel.caller
-        shut, latched = self.gate.shut, self.gate.latched_for(caller)
-        reason = RefusedDriftError.code if latched is not None else UnavailableError.code if shut else ""
-        claims = {kind: str(status) for kind, status in claims_for(caller, self.gate).items()}
-        result = ops.HealthResult(gate="closed" if reason else "open", reason=reason, components=claims)
-        channel.answer(seq, result, None)
-
-    def _answer_evidence(self, channel: WorkerChannel, seq: int, nonce: bytes) -> None:
-        if self.channel_ca is None:
-            channel.refuse(seq, UnavailableError("the keys have not been unsealed"))
-            return
-        statement = statement_for(
-            channel.caller,
-            nonce,
-            now=utc_now(),
-            gate=self.gate,
-            measuring=self.measuring,
-            ledger=self.ledger,
-            tpm=self.tpm.record,
-            channel_ca=self.channel_ca.certificate_der,
-            reference=self.reference_digest,
-        )
-
-        def told(result: Quoted | TpmError) -> None:
-            if isinstance(result, TpmError):
-                channel.refuse(seq, UnavailableError("the TPM did not quote"))
-            else:
-                quote = QuotedBytes(result.quote.attest, result.quote.signature)
-                document = encode_evidence(Evidence(statement, result.pcrs, quote))
-                size = len(self.measuring.ima_log)
-                channel.answer(seq, ops.EvidenceResult(evidence=document, log_bytes=size), None)
-            self.kick()
-
-        self.tpm.quote(evidence_qualifying(nonce, encode_statement(statement)), told)
 
     # ── The clockwork ─────────────────────────────────────────────────────────────────────────────
 
@@ -502,7 +315,7 @@ class Vault:
             gate="closed" if self.gate.shut or self.gate.host_drifted() else "open",
             reason=f"drift of {drifted}" if drifted else self.gate.shut or "",
             passes=self.gate.passes,
-            reference=(self.reference_digest or b"").hex(),
+            reference=self.custody.reference_digest.hex() if self.custody.reference else "",
             components=components,
             keys_unlocked=self.keyring.unlocked,
             tpm=self.config.tpm.device,
@@ -516,7 +329,7 @@ class Vault:
     def close(self) -> None:
         """An orderly end: nothing new, keys wiped, said in the ledger."""
         self.batches.abandon("the vault stops")
-        self.lock()
+        self.custody.lock()
         self.refusals.flush()
         self.broker.flush()
         self.record("stop", detail="vault stopped")

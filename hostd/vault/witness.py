@@ -1,0 +1,116 @@
+"""Health and evidence: what must work while the gate is closed, to say why.
+
+They touch no key. They wait a little for fresh readings, good or bad, and then say how it stands.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from guestlib.attest.binding import evidence_qualifying
+from guestlib.attest.evidence import Evidence, QuotedBytes, encode_evidence, encode_statement
+from guestlib.errors import HostdError, RefusedDriftError, UnavailableError
+from hostd.ipc import operations as ops
+from hostd.platform.tpm_errors import TpmError
+from hostd.vault.channelca import utc_now
+from hostd.vault.evidence import claims_for, statement_for
+from hostd.vault.gate import Gate, Waiting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hostd.vault.channels import WorkerChannel
+    from hostd.vault.custody import Custody
+    from hostd.vault.ledger import Ledger
+    from hostd.vault.measuring import Measuring
+    from hostd.vault.tpmlink import Quoted, TpmLink
+
+OBSERVE_SHARE: Final = 0.5
+"""Of a request's deadline: how long fresh readings are waited for. (A VM's files are hashed whole when
+it is first seen, which takes a second or so.)"""
+UNGATED: Final = (ops.Health, ops.GetEvidence, ops.GetEvidenceLog)
+
+
+class Witness:
+    """Answers the operations that pass no gate."""
+
+    def __init__(
+        self,
+        *,
+        gate: Gate,
+        measuring: Measuring,
+        custody: Custody,
+        ledger: Ledger,
+        tpm: TpmLink,
+        wait_s: float,
+        kick: Callable[[], None],
+    ) -> None:
+        self._gate = gate
+        self._measuring = measuring
+        self._custody = custody
+        self._ledger = ledger
+        self._tpm = tpm
+        self._wait_ns = int(wait_s * 1e9)
+        self._kick = kick
+
+    def on_call(
+        self, channel: WorkerChannel, seq: int, operation: ops.UngatedOperation, arrived: int
+    ) -> None:
+        """Takes one request; the answer may come later."""
+        try:
+            match operation:
+                case ops.GetEvidenceLog():
+                    log = self._measuring.ima_log
+                    data = bytes(log[operation.offset : operation.offset + ops.IMA_CHUNK_BYTES])
+                    channel.answer(seq, ops.EvidenceLogResult(data=data), None)
+                case ops.Health():
+                    self._observe(channel, arrived, lambda: self._health(channel, seq))
+                case ops.GetEvidence():
+                    nonce = operation.nonce
+                    self._observe(channel, arrived, lambda: self._evidence(channel, seq, nonce))
+        except HostdError as error:
+            channel.refuse(seq, error)
+
+    def _observe(self, channel: WorkerChannel, arrived: int, then: Callable[[], None]) -> None:
+        self._gate.observe(Waiting(channel.caller, arrived, arrived + self._wait_ns, then))
+
+    def _health(self, channel: WorkerChannel, seq: int) -> None:
+        caller = channel.caller
+        latched = self._gate.latched_for(caller)
+        reason = ""
+        if latched is not None:
+            reason = RefusedDriftError.code
+        elif self._gate.shut is not None:
+            reason = UnavailableError.code
+        claims = {kind: str(status) for kind, status in claims_for(caller, self._gate).items()}
+        result = ops.HealthResult(gate="closed" if reason else "open", reason=reason, components=claims)
+        channel.answer(seq, result, None)
+
+    def _evidence(self, channel: WorkerChannel, seq: int, nonce: bytes) -> None:
+        custody = self._custody
+        if custody.channel_ca is None:
+            channel.refuse(seq, UnavailableError("the keys have not been unsealed"))
+            return
+        statement = statement_for(
+            channel.caller,
+            nonce,
+            now=utc_now(),
+            gate=self._gate,
+            measuring=self._measuring,
+            ledger=self._ledger,
+            tpm=self._tpm.record,
+            channel_ca=custody.channel_ca.certificate_der,
+            reference=None if custody.reference is None else custody.reference_digest,
+        )
+
+        def told(result: Quoted | TpmError) -> None:
+            if isinstance(result, TpmError):
+                channel.refuse(seq, UnavailableError("the TPM did not quote"))
+            else:
+                quote = QuotedBytes(result.quote.attest, result.quote.signature)
+                document = encode_evidence(Evidence(statement, result.pcrs, quote))
+                size = len(self._measuring.ima_log)
+                channel.answer(seq, ops.EvidenceResult(evidence=document, log_bytes=size), None)
+            self._kick()
+
+        self._tpm.quote(evidence_qualifying(nonce, encode_statement(statement)), told)

@@ -11,11 +11,10 @@ from types import FrameType
 from qemu.errors import LabError
 from qemu.guest import Guest
 from qemu.host import LabHost
-from qemu.image import ensure_image
-from qemu.install import REPO, install_guests, install_hostd
+from qemu.installed import ensure_installed
 from qemu.machine import Settings
-from qemu.shell import interact, require_terminal
-from qemu.wheels import ensure_dependencies
+from qemu.service import Service
+from qemu.shell import INSTALLED, interact, require_terminal
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -43,13 +42,15 @@ def _parser() -> argparse.ArgumentParser:
         help="emulation, or the machine's own (nested) KVM; default: $HOSTD_LAB_ACCEL or tcg",
     )
     verbs = parser.add_subparsers(required=True, metavar="build | shell | run")
-    build = verbs.add_parser("build", help="build the image and the wheels, so that later starts are quick")
+    build = verbs.add_parser(
+        "build", help="build the image and a disk with hostd, so that later starts are quick"
+    )
     build.set_defaults(act=_build)
-    shell = verbs.add_parser("shell", help="a root shell in the host, with hostd installed and a guest up")
+    shell = verbs.add_parser("shell", help="a root shell in the host, with hostd and a guest running")
     shell.add_argument("--bare", action="store_true", help="the host alone: no hostd, no guest")
     shell.set_defaults(act=_shell)
     run = verbs.add_parser("run", help="run a command in the host, print what it says, power off")
-    run.add_argument("--hostd", action="store_true", help="install hostd first")
+    run.add_argument("--hostd", action="store_true", help="on a host with hostd installed (not set up)")
     run.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS")
     run.add_argument("command", nargs="+", metavar="-- COMMAND", help="the command and its arguments")
     run.set_defaults(act=_run)
@@ -57,31 +58,36 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    print(ensure_image().disk.parent)
-    ensure_dependencies(REPO)
+    print(ensure_installed(settings=Settings(accel=arguments.accel)).parent)
     return 0
 
 
 def _shell(arguments: argparse.Namespace) -> int:
     require_terminal()
-    with LabHost(Settings(accel=arguments.accel)) as host:
-        host.boot()
-        if arguments.bare:
+    settings = Settings(accel=arguments.accel)
+    if arguments.bare:
+        with LabHost(settings) as host:
+            host.boot()
             interact(host)
-            return 0
-        install_hostd(host)
-        install_guests(host)
+        return 0
+    with LabHost(settings, disk=ensure_installed(settings=settings)) as host:
+        host.boot()
+        service = Service(host)
+        service.set_up()
+        service.start()
         with Guest(host, "alice", 7) as guest:
             guest.start()
-            interact(host, installed=" and hostd in /opt/hostd", guests="; alice, CID 7, is running")
+            service.baseline()
+            service.adopt(guest, "acme")
+            interact(host, installed=INSTALLED, guests="; alice (tenant acme, CID 7) is running")
     return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    with LabHost(Settings(accel=arguments.accel)) as host:
+    settings = Settings(accel=arguments.accel)
+    disk = ensure_installed(settings=settings) if arguments.hostd else None
+    with LabHost(settings, disk=disk) as host:
         host.boot()
-        if arguments.hostd:
-            install_hostd(host)
         result = host.run(arguments.command, arguments.timeout, check=False)
         host.shutdown()
     sys.stdout.buffer.write(result.stdout)

@@ -121,6 +121,17 @@ class Command:
             said = self._said()
         raise CommandTimeoutError(f"{shlex.join(self.argv)!r} {how} without saying {marker!r}: {said}")
 
+    def wait_for_line(self, number: int, timeout: float) -> bytes:
+        """Wait for the whole line ``number``, from 0, of standard output; return it without its end."""
+        out = self._output[agent.STDOUT]
+        with self._changed:
+            self._changed.wait_for(lambda: out.count(b"\n") > number or self.ended, timeout)
+            if out.count(b"\n") > number:
+                return bytes(out).split(b"\n")[number]
+            how = "ended" if self.ended else f"went on for {timeout:g} s"
+            said = self._said()
+        raise CommandTimeoutError(f"{shlex.join(self.argv)!r} {how} without line {number}: {said}")
+
     def wait(self, timeout: float, *, check: bool = True) -> Result:
         """Wait for the end. A command out of time is killed and reported as ``CommandTimeoutError``."""
         with self._changed:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import string
-import time
+import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -29,7 +29,7 @@ TEMPLATE: Final = Path(__file__).with_name("guest-domain.xml")
 FOLDER: Final = "/var/lib/hostd-lab"  # in L1; guest-base.cpio and vmlinuz are there
 INITRAMFS: Final = f"{FOLDER}/guest.cpio"
 SITE_PACKAGES: Final = "usr/local/lib/python3.11/dist-packages"  # on sys.path of the guest's python3
-START_LIMIT: Final = 120.0  # seconds from virsh to the agent's answer; a few on an idle machine
+START_LIMIT: Final = 90.0  # seconds for virsh, and again for the agent's answer; some 15 under emulation
 NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,30}")
 CIDS: Final = range(3, 1 << 32)  # 0 to 2 have meanings of their own (vsock(7))
 
@@ -112,14 +112,36 @@ class Guest:
         self.host.run(["virsh", "--quiet", "define", self._file])
 
     def start(self, limit: float = START_LIMIT) -> None:
-        """Define and start the guest; return when its agent answers."""
+        """Define and start the guest; return when its agent answers.
+
+        A guest that stays silent is destroyed and, saying so, started once more.
+
+        Raises:
+            BootError: no answer the second time either.
+        """
+        self.power_on(limit)
+        try:
+            self.wait_up(limit)
+        except BootError as error:
+            print(f"lab: WARNING: {error}\nlab: WARNING: starting {self.name} once more", file=sys.stderr)
+            self.power_on(limit)
+            self.wait_up(limit)
+
+    def power_on(self, limit: float = START_LIMIT) -> None:
+        """Define and start the guest; return when its QEMU runs. ``wait_up`` is next."""
         if self.running:
             raise PowerStateError(f"guest {self.name} is already running")
-        deadline = time.monotonic() + limit
         self.host.put(self.xml().encode(), self._file)
         self.host.run(["virsh", "--quiet", f"define {self._file}; start {self.name}"], limit)
+
+    def wait_up(self, limit: float = START_LIMIT) -> None:
+        """Wait for the agent's answer.
+
+        Raises:
+            BootError: none in time; the guest is destroyed.
+        """
         channel = Channel(self.host.connect(self._socket))
-        if not channel.greeted(max(0.0, deadline - time.monotonic())):
+        if not channel.greeted(limit):
             channel.close()
             console = self.console[-2000:]
             with suppress(LabError):  # what matters is why the guest did not come up

@@ -36,8 +36,14 @@ _boots = itertools.count(1)
 class LabHost:
     """The lab's host. Not thread-safe, except ``run``, ``start``, ``put``, ``get``, ``connect``."""
 
-    def __init__(self, settings: Settings | None = None, *, logs: Path | None = None) -> None:
-        """Make a machine that is off, with a fresh disk and TPM. ``logs`` gets the console logs."""
+    def __init__(
+        self, settings: Settings | None = None, *, logs: Path | None = None, disk: Path | None = None
+    ) -> None:
+        """Make a machine that is off, with a fresh disk and TPM.
+
+        ``logs`` gets the console logs. The disk starts as the image's, or as ``disk``, a qcow2 file that
+        is not written to (``qemu.installed`` makes one).
+        """
         self.settings = settings or Settings()
         self.image = ensure_image()
         self.logs = logs or cache_root() / "logs"
@@ -50,8 +56,9 @@ class LabHost:
         for folder in ("tpm", "run", "snapshots"):
             (work / folder).mkdir()
         shutil.copyfile(FIRMWARE_VARS, self._parts.firmware_vars)
-        make = ("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw")
-        run_tool([*make, "-b", self.image.disk, self._parts.disk], timeout=30)
+        below = ("raw", self.image.disk) if disk is None else ("qcow2", disk)
+        make = ("qemu-img", "create", "-q", "-f", "qcow2", "-F", below[0], "-b", below[1])
+        run_tool([*make, self._parts.disk], timeout=30)
 
     def __enter__(self) -> Self:
         return self
@@ -117,6 +124,12 @@ class LabHost:
         saved.mkdir()
         run_tool(["cp", "--sparse=always", self._parts.disk, saved / "disk.qcow2"], timeout=COPY_LIMIT)
         shutil.copytree(self._parts.tpm_state, saved / "tpm")
+
+    def keep_disk(self, path: Path) -> None:
+        """Copy the disk, while powered off, for other hosts to start from."""
+        if self._machine is not None:
+            raise PowerStateError("the host is on: shut it down first")
+        run_tool(["cp", "--sparse=always", self._parts.disk, path], timeout=COPY_LIMIT)
 
     def rollback(self, name: str, *, disk: bool = True, tpm: bool = True) -> None:
         """Put back an older disk, an older TPM state, or both; while powered off."""

@@ -15,6 +15,7 @@ REPO: Final = Path(__file__).resolve().parent.parent
 SYSUSERS: Final = "hostd.sysusers"
 TMPFILES: Final = "hostd.tmpfiles"
 UNIT_PATTERNS: Final = ("*.service", "*.socket", "*.target", "*.slice", "*.timer", "*.path")
+IMA_POLICY: Final = "/etc/ima/ima-policy"  # systemd loads it at boot
 USERS: Final = ("hostd-vault", "hostd-gateway", "hostd-metrics")
 
 
@@ -28,6 +29,8 @@ def install_hostd(host: LabHost, repo: Path = REPO) -> None:
             host.run("ln -sf /opt/hostd/bin/hostd /opt/hostd/bin/hostctl /usr/local/bin/")
             _make_users(host, repo / "systemd")
             _install_units(host, repo / "systemd")
+            host.run("mkdir -p /etc/hostd /etc/ima")
+            host.put(repo / "systemd" / "ima-policy", IMA_POLICY)
 
 
 def install_guests(host: LabHost, repo: Path = REPO) -> None:

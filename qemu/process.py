@@ -25,13 +25,30 @@ PACKAGE_OF: Final = {
 TAIL: Final = 3000  # characters of a failed tool's output to show
 
 
+_quiet = False
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, ``step`` says nothing: someone else tells what is going on."""
+    global _quiet
+    before, _quiet = _quiet, True
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
 @contextmanager
 def step(what: str) -> Iterator[None]:
     """Say on standard error what is being done, and afterwards how long it took."""
     start = time.monotonic()
-    print(f"lab: {what} ...", file=sys.stderr, flush=True)
+    said = not _quiet
+    if said:
+        print(f"lab: {what} ...", file=sys.stderr, flush=True)
     yield
-    print(f"lab: {what}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    if said:
+        print(f"lab: {what}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
 
 def require_tools(*names: str) -> None:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from qemu.errors import LabError, Result
 from qemu.guest import Guest
 from qemu.host import LabHost
-from qemu.install import REPO, install_guests, install_hostd
+from qemu.install import IMA_POLICY, REPO, install_guests, install_hostd
 from qemu.process import step
 
 CONFIG: Final = "/etc/hostd/hostd.toml"
 TRUST: Final = "/etc/hostd/trust.json"
 BASELINE: Final = "/etc/hostd/baseline.json"
-IMA_POLICY: Final = "/etc/ima/ima-policy"
 LOADED_POLICY: Final = "/sys/kernel/security/ima/policy"
 ROLES: Final = ("measurer", "vault", "gateway", "metrics")
 METRICS: Final = "http://127.0.0.1:9464/metrics"
+
+SURVEY: Final = ("/usr/bin/", "/usr/sbin/", "/usr/lib/", "/usr/libexec/", "/usr/local/", "/opt/hostd/")
 
 # Times are those of a machine some fifteen times slower than a real one.
 _CONFIG: Final = """\
@@ -35,7 +37,7 @@ deadline_s = 30.0
 
 [measure]
 require = ["posture", "ima", "files"]
-survey = ["/usr/bin/", "/usr/sbin/", "/usr/lib/", "/usr/libexec/", "/usr/local/", "/opt/hostd/"]
+survey = {survey}
 deadline_s = 30.0
 sweep_s = 30.0
 
@@ -45,25 +47,33 @@ deadline_s = 60.0
 
 
 class Service:
-    """hostd in L1."""
+    """hostd in L1, on a host whose disk has it installed (``qemu.installed``)."""
 
     def __init__(self, host: LabHost) -> None:
         self.host = host
 
     def install(self, repo: Path = REPO) -> None:
-        """Installs, sets up and starts hostd as its units; the gate is closed for want of a baseline."""
-        host = self.host
-        install_hostd(host, repo)
-        install_guests(host, repo)
-        with step("setting hostd up: IMA policy, TPM objects, root key, store"):
-            host.run("mkdir -p /etc/hostd /etc/ima && modprobe kvm_amd && modprobe vhost_vsock")
-            host.put(b"kvm_amd\nvhost_vsock\n", "/etc/modules-load.d/hostd-lab.conf")
-            host.put(repo / "systemd" / "ima-policy", IMA_POLICY)
-            host.run(f"echo {IMA_POLICY} > {LOADED_POLICY}")
-            host.put(_CONFIG.encode(), CONFIG)
-            host.run(["hostd", "setup"], 180)
+        """Installs, sets up and starts hostd as its units, on a host with the bare image."""
+        install_hostd(self.host, repo)
+        install_guests(self.host, repo)
+        self.host.run(f"echo {IMA_POLICY} > {LOADED_POLICY}")
+        self.set_up()
+        self.start()
+
+    def set_up(self, survey: Sequence[str] = SURVEY) -> str:
+        """Configures hostd and makes its TPM objects, root key and store; what ``hostd setup`` said.
+
+        ``survey`` is what a baseline hashes; what it leaves out and the kernel has not measured either is
+        drift as soon as it is executed.
+        """
+        with step("setting hostd up: TPM objects, root key, store"):
+            self.host.put(_CONFIG.format(survey=json.dumps(survey)).encode(), CONFIG)
+            return self.host.run(["hostd", "setup"], 180).text
+
+    def start(self) -> None:
+        """Starts hostd, now and at every boot; the gate is closed for want of a baseline."""
         with step("starting hostd"):
-            host.run(["systemctl", "enable", "--now", "--no-block", "hostd.target"])
+            self.host.run(["systemctl", "enable", "--now", "--no-block", "hostd.target"])
             self.wait_active()
 
     def wait_active(self, limit: float = 180.0) -> None:

@@ -19,9 +19,16 @@ from qemu.host import LabHost
 
 LEAVE: Final = b"\x1d"  # Ctrl-]
 TERMINAL: Final = "xterm-256color"
+INSTALLED: Final = """, and hostd, which runs as systemd units (/etc/hostd/hostd.toml):
+
+  hostctl status                               the gate, the measurements, keys and ledger
+  hostctl vm list; hostctl ledger list; hostctl --help
+  python3 -m qemu.demo                         (outside) shows what a guest does, and what hostd refuses"""
 BANNER: Final = """
 You are root in the lab's host: a Debian 12 with TPM 2.0 (/dev/tpmrm0), IMA, /dev/kvm, vhost-vsock,
-libvirt{installed}. Nothing here touches your machine; disk and TPM are thrown away at the end.
+libvirt{installed}
+
+Nothing here touches your machine; disk and TPM are thrown away at the end.
 
   tpm2_pcrread sha256                          the PCRs; 0-9 are the measured boot, 10 is IMA's
   cat /sys/kernel/security/ima/ascii_runtime_measurements
@@ -37,7 +44,7 @@ def require_terminal() -> None:
         raise LabError("a shell needs a terminal", hint="python3 -m qemu run -- COMMAND works without one")
 
 
-def interact(host: LabHost, *, installed: str = "", guests: str = "") -> None:
+def interact(host: LabHost, *, installed: str = ".", guests: str = "") -> None:
     """Join the terminal to the host until Ctrl-] or until the host goes off."""
     require_terminal()
     size = shutil.get_terminal_size()

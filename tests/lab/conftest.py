@@ -1,27 +1,38 @@
-"""The lab for end-to-end tests. One host is booted for the session; guests are made as needed."""
+"""The lab for end-to-end tests: one bare host, and one with hostd running, each booted once if needed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 
 from qemu.errors import MissingToolError
 from qemu.guest import Guest
+from qemu.guest_python import GuestPython
 from qemu.host import LabHost
 from qemu.image import ensure_image
 from qemu.install import install_guests
+from qemu.installed import ensure_installed
 from qemu.machine import FIRMWARE
 from qemu.process import require_tools
+from qemu.service import Service
 
 TOOLS = ("mmdebstrap", "mke2fs", "qemu-img", "qemu-system-x86_64", "setpriv", "swtpm")
+# What leaves a host as it found it comes before what does not.
+ORDER = ("guest", "host", "hostd_demo", "hostd_units", "hostd_callers", "hostd_power", "hostd_drift")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this folder is a lab test."""
-    for item in items:
-        if item.path.is_relative_to(__file__.rpartition("/")[0]):
-            item.add_marker(pytest.mark.lab)
+    """Everything in this folder is a lab test, and comes in the order above."""
+    folder = __file__.rpartition("/")[0]
+    lab = [item for item in items if item.path.is_relative_to(folder)]
+    for item in lab:
+        item.add_marker(pytest.mark.lab)
+    places = [number for number, item in enumerate(items) if item in lab]
+    lab.sort(key=lambda item: ORDER.index(item.path.stem.removeprefix("test_")))
+    for place, item in zip(places, lab, strict=True):
+        items[place] = item
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +48,17 @@ def lab_tools() -> None:
 
 
 @pytest.fixture(scope="session")
-def host_session(lab_tools: None) -> Iterator[LabHost]:
-    """The session's host; use ``lab``, which has it running."""
+def hosts() -> list[LabHost]:
+    """All hosts of this session; one is on at a time."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def host_session(lab_tools: None, hosts: list[LabHost]) -> Iterator[LabHost]:
+    """The bare host; use ``lab``, which has it running."""
     with LabHost() as host:
+        switch_off(hosts)
+        hosts.append(host)
         host.boot()
         install_guests(host)
         yield host
@@ -47,7 +66,7 @@ def host_session(lab_tools: None) -> Iterator[LabHost]:
 
 @pytest.fixture
 def lab(host_session: LabHost) -> LabHost:
-    """The session's host, running: booted again if the test before left it off."""
+    """The bare host, running: booted again if the test before left it off."""
     if not host_session.running:
         host_session.power_cut()
         host_session.boot()
@@ -68,3 +87,49 @@ def make_guest(lab: LabHost) -> Iterator[Callable[[str, int], Guest]]:
     yield make
     for guest in made:
         guest.close()
+
+
+def switch_off(hosts: list[LabHost]) -> None:
+    """Cut the power of all: two cores emulate one host at a time."""
+    for host in hosts:
+        host.power_cut()
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """hostd on its host, and two guests of two tenants: alice of acme, bob of globex."""
+
+    host: LabHost
+    service: Service
+    alice: Guest
+    bob: Guest
+
+    def python(self, guest: Guest) -> GuestPython:
+        """A session in a guest, which is started first if it is not running."""
+        if not guest.running:
+            guest.start()
+            self.service.give_trust(guest)
+        return GuestPython(guest)
+
+
+@pytest.fixture(scope="session")
+def running(lab_tools: None, hosts: list[LabHost]) -> Iterator[Running]:
+    """hostd as installed and started by systemd, with a baseline, tenants and guests."""
+    disk = ensure_installed()
+    with LabHost(disk=disk) as host:
+        switch_off(hosts)
+        hosts.append(host)
+        host.boot()
+        # Also at every boot: a module that the baseline does not have would be drift.
+        host.put(b"vsock_loopback\n", "/etc/modules-load.d/vsock-loopback.conf")
+        host.run(["modprobe", "vsock_loopback"])
+        service = Service(host)
+        service.set_up()
+        service.start()
+        alice, bob = Guest(host, "alice", 7), Guest(host, "bob", 8)
+        for guest in (alice, bob):
+            guest.start()
+        service.baseline()
+        service.adopt(alice, "acme")
+        service.adopt(bob, "globex")
+        yield Running(host, service, alice, bob)

@@ -1,0 +1,471 @@
+"""The gate's rules, one by one. What follows from all of them together is `test_gate_model.py`."""
+
+from __future__ import annotations
+
+import pytest
+
+from guestlib.errors import DeadlineError, OverloadedError, RefusedDriftError, UnavailableError
+from hostd.core.callers import Caller
+from hostd.core.findings import BOOT, FILES, GUESTS, IMA, POSTURE, Component, Status, process_of
+from hostd.vault.gate import HOST_COMPONENTS, MAX_OBSERVERS_PER_CALLER, Gate
+from tests.vault.support_gate import (
+    HOST,
+    OFFICER,
+    USER,
+    VM_A,
+    VM_B,
+    A,
+    B,
+    caller_of,
+    finding,
+    hypervisor,
+    make_gate,
+    read,
+    read_all,
+    request,
+    taken,
+)
+
+PROCESS_A, PROCESS_B = process_of(VM_A), process_of(VM_B)
+BAD = [Status.DRIFTED, Status.ABSENT, Status.PENDING]
+
+# ── What a caller rests on ────────────────────────────────────────────────────────────────────────
+
+
+def test_needs() -> None:
+    gate = make_gate()
+    assert frozenset(HOST) == HOST_COMPONENTS
+    assert gate.needs(A) == {*HOST, PROCESS_A}
+    assert gate.needs(OFFICER) == {*HOST}
+    assert gate.needs(USER) == {*HOST, PROCESS_A, PROCESS_B}
+
+
+@pytest.mark.parametrize("caller", [A, USER, OFFICER], ids=str)
+def test_each_needed_component_has_to_be_read_after_the_arrival(caller: Caller) -> None:
+    for stale in make_gate().needs(caller):
+        gate = make_gate()
+        asked = request(caller, arrived=100)
+        gate.arrive(asked)
+        fresh = gate.needs(caller) - {stale}
+        read(gate, *fresh, at=100)
+        assert taken(gate) == []
+        read(gate, stale, at=99, ended=500)
+        assert taken(gate) == []
+        read(gate, stale, at=100)
+        assert taken(gate) == [asked]
+
+
+def test_others_processes_do_not_matter_to_a_vm() -> None:
+    gate = make_gate()
+    gate.arrive(request(A, arrived=100))
+    read_all(gate, at=100, vms=(VM_A,))
+    assert len(taken(gate)) == 1
+
+
+@pytest.mark.parametrize("status", BAD)
+@pytest.mark.parametrize("component", [*HOST, PROCESS_A], ids=str)
+def test_only_verified_is_good(component: Component, status: Status) -> None:
+    gate = make_gate(require=frozenset(HOST))
+    read_all(gate, at=5)
+    gate.arrive(request(A, arrived=10))
+    read_all(gate, at=10)
+    read(gate, component, at=11, status=status)
+    assert taken(gate) == []
+
+
+@pytest.mark.parametrize("component", [POSTURE, IMA, FILES], ids=str)
+def test_absent_is_enough_only_where_it_is_not_required(component: Component) -> None:
+    gate = make_gate(require=frozenset({POSTURE, IMA, FILES}) - {component})
+    gate.arrive(request(A, arrived=10))
+    read_all(gate, at=10)
+    assert read(gate, component, at=11, status=Status.ABSENT) == []
+    assert len(taken(gate)) == 1
+    gate.arrive(request(A, arrived=20))
+    read_all(gate, at=20)
+    read(gate, component, at=21, status=Status.PENDING)
+    assert taken(gate) == []
+
+
+def test_a_process_is_never_acceptable_as_absent() -> None:
+    gate = make_gate(require=frozenset())
+    assert not gate.acceptable(PROCESS_A, Status.ABSENT)
+    asked = request(A, arrived=10)
+    gate.arrive(asked)
+    read_all(gate, at=10)
+    ((refused, error),) = read(gate, PROCESS_A, at=11, status=Status.ABSENT)
+    assert refused is asked
+    assert isinstance(error, UnavailableError)
+
+
+def test_absent_and_required_refuses_those_who_waited_for_this_reading() -> None:
+    gate = make_gate()
+    early, late, other = request(A, arrived=10), request(A, arrived=30), request(B, arrived=10)
+    for asked in (early, late, other):
+        gate.arrive(asked)
+    refused = read(gate, PROCESS_A, at=20, status=Status.ABSENT)
+    assert [(r is early, type(e)) for r, e in refused] == [(True, UnavailableError)]
+    refused = read(gate, IMA, at=20, status=Status.ABSENT)
+    assert [r for r, _ in refused] == [other]
+    assert gate.waiting == 1
+    read_all(gate, at=30)
+    assert taken(gate) == [late]
+
+
+def test_the_vm_is_the_process_that_the_channel_was_bound_to() -> None:
+    """The same VM started again, as another process, is not the old channel's caller."""
+    for other in (hypervisor(VM_A, pid=101), hypervisor(VM_A, start_time=2)):
+        gate = make_gate()
+        gate.arrive(request(A, arrived=10))
+        gate.guests([other, hypervisor(VM_B)])
+        read_all(gate, at=10)
+        assert taken(gate) == []
+        mine = request(caller_of(other), arrived=10)
+        gate.arrive(mine)
+        assert taken(gate) == [mine]
+
+
+def test_a_vm_that_is_gone_executes_nothing() -> None:
+    gate = make_gate()
+    gate.arrive(request(A, arrived=10))
+    gate.guests([hypervisor(VM_B)])
+    read_all(gate, at=10)
+    assert taken(gate) == []
+
+
+def test_a_process_that_went_away_takes_its_stamp_with_it() -> None:
+    gate = make_gate()
+    read_all(gate, at=10)
+    gate.guests([hypervisor(VM_B)])
+    assert PROCESS_A not in gate.stamps
+    assert PROCESS_B in gate.stamps
+    gate.guests([hypervisor(VM_A), hypervisor(VM_B)])
+    gate.arrive(request(A, arrived=10))
+    assert taken(gate) == []
+    assert gate.hypervisor(VM_A) == hypervisor(VM_A)
+    assert gate.hypervisor("another") is None
+
+
+def test_a_host_callers_needs_follow_the_vms() -> None:
+    gate = make_gate(vms=(VM_A,))
+    gate.arrive(request(USER, arrived=10))
+    read_all(gate, at=10, vms=(VM_A,))
+    gate.guests([hypervisor(VM_A), hypervisor(VM_B)])
+    assert taken(gate) == []
+    read(gate, PROCESS_B, at=10)
+    assert len(taken(gate)) == 1
+
+
+# ── Shut ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_gate_starts_shut_and_a_shut_gate_gives_nothing() -> None:
+    fresh = Gate(require=frozenset(), host_scope=False, waiting_per_caller=1, batch=1)
+    with pytest.raises(UnavailableError, match="starting"):
+        fresh.arrive(request(OFFICER, arrived=0))
+    gate = make_gate()
+    asked = request(A, arrived=10)
+    gate.arrive(asked)
+    read_all(gate, at=10)
+    gate.shut = "no TPM"
+    assert taken(gate) == []
+    with pytest.raises(UnavailableError, match="no TPM"):
+        gate.arrive(request(A, arrived=11))
+    gate.shut = None
+    assert taken(gate) == [asked]
+
+
+# ── Drift ─────────────────────────────────────────────────────────────────────────────────────────
+
+AFFECTED = [
+    (POSTURE, False, {A, B, USER, OFFICER}),
+    (BOOT, False, {A, B, USER, OFFICER}),
+    (PROCESS_A, False, {A, USER}),
+    (PROCESS_A, True, {A, B, USER, OFFICER}),
+]
+
+
+@pytest.mark.parametrize(("component", "host_scope", "affected"), AFFECTED, ids=str)
+def test_drift_closes_the_gate_to_all_that_rest_on_it(
+    component: Component, host_scope: bool, affected: set[Caller]
+) -> None:
+    gate = make_gate(host_scope=host_scope)
+    waiting = {c: request(c, arrived=10) for c in (A, B, USER, OFFICER)}
+    for asked in waiting.values():
+        gate.arrive(asked)
+    refused = read(gate, component, at=11, status=Status.DRIFTED)
+    assert {r.caller for r, _ in refused} == affected
+    assert all(isinstance(e, RefusedDriftError) for _, e in refused)
+    assert gate.latched == {component: (finding(component),)}
+    assert gate.host_drifted() == (component is not PROCESS_A or host_scope)
+    # A good reading afterwards opens nothing.
+    read_all(gate, at=20)
+    read(gate, component, at=20)
+    assert {r.caller for r in taken(gate)} == set(waiting) - affected
+    for caller in waiting:
+        if caller in affected:
+            assert gate.latched_for(caller) == component
+            with pytest.raises(RefusedDriftError):
+                gate.arrive(request(caller, arrived=21))
+        else:
+            gate.arrive(request(caller, arrived=21))
+
+
+def test_drift_is_said_before_shut() -> None:
+    gate = make_gate()
+    gate.latch(POSTURE, (finding(POSTURE),))
+    gate.shut = "locked"
+    with pytest.raises(RefusedDriftError):
+        gate.arrive(request(A, arrived=1))
+
+
+def test_latched_between_arrival_and_take() -> None:
+    """`take` looks itself: nobody need have removed the request."""
+    gate = make_gate()
+    gate.arrive(request(A, arrived=10))
+    read_all(gate, at=10)
+    gate._latched[PROCESS_A] = ()
+    assert taken(gate) == []
+
+
+def test_after_clearing_a_new_reading_is_needed() -> None:
+    gate = make_gate()
+    read_all(gate, at=10)
+    gate.latch(POSTURE, (finding(POSTURE),))
+    assert gate.clear(POSTURE)
+    assert not gate.clear(POSTURE)
+    assert gate.latched == {}
+    assert not gate.host_drifted()
+    asked = request(A, arrived=10)
+    gate.arrive(asked)
+    assert taken(gate) == []
+    read(gate, POSTURE, at=11)
+    assert taken(gate) == [asked]
+
+
+def test_the_loss_of_the_measurer_leaves_no_stamp_and_every_drift() -> None:
+    gate = make_gate()
+    read_all(gate, at=10)
+    gate.latch(PROCESS_B, (finding(PROCESS_B),))
+    gate.lose_measurer()
+    assert gate.stamps == {}
+    assert gate.hypervisors == ()
+    assert PROCESS_B in gate.latched
+    gate.arrive(request(OFFICER, arrived=5))
+    assert taken(gate) == []
+
+
+# ── Waiting, batches, turns ───────────────────────────────────────────────────────────────────────
+
+
+def test_a_callers_bound() -> None:
+    gate = make_gate(waiting_per_caller=3)
+    for _ in range(3):
+        gate.arrive(request(A, arrived=10))
+    with pytest.raises(OverloadedError, match="3 requests"):
+        gate.arrive(request(A, arrived=10))
+    gate.arrive(request(B, arrived=10))
+    assert gate.waiting == 4
+    read_all(gate, at=10)
+    assert len(taken(gate)) == 4
+    gate.arrive(request(A, arrived=10))
+
+
+def test_one_callers_flood_does_not_keep_another_waiting() -> None:
+    gate = make_gate(batch=8)
+    for _ in range(100):
+        gate.arrive(request(A, arrived=10))
+    single = request(B, arrived=10)
+    gate.arrive(single)
+    read_all(gate, at=10)
+    first = taken(gate)
+    assert single in first
+    assert len(first) == 5
+    assert len(taken(gate)) == 8
+
+
+def test_more_callers_than_a_batch_holds_are_all_served_in_turn() -> None:
+    users = [Caller(uid=uid) for uid in range(7)]
+    gate = make_gate(batch=3, vms=())
+    for user in users:
+        for _ in range(4):
+            gate.arrive(request(user, arrived=10))
+    read_all(gate, at=10, vms=())
+    turns = [[r.caller.uid for r in taken(gate)] for _ in range(7)]
+    assert turns == [[0, 1, 2], [3, 4, 5], [6, 0, 1], [2, 3, 4], [5, 6, 0], [1, 2, 3], [4, 5, 6]]
+
+
+def test_those_who_cannot_yet_do_not_hold_up_the_others() -> None:
+    gate = make_gate(batch=2)
+    for caller in (A, A, B, B):
+        gate.arrive(request(caller, arrived=10))
+    read_all(gate, at=10, vms=(VM_B,))
+    assert [r.caller for r in taken(gate)] == [B]
+    assert [r.caller for r in taken(gate)] == [B]
+    read(gate, PROCESS_A, at=10)
+    assert [r.caller for r in taken(gate)] == [A, A]
+
+
+def test_first_come_first_served_within_a_caller() -> None:
+    gate = make_gate()
+    asked = [request(A, arrived=10 + i) for i in range(5)]
+    for one in asked:
+        gate.arrive(one)
+    read_all(gate, at=12)
+    assert [r is a for r, a in zip(taken(gate), asked[:3], strict=True)] == [True] * 3
+
+
+def test_a_request_past_its_deadline_is_not_taken_and_expires_once() -> None:
+    gate = make_gate()
+    late, good = request(A, arrived=10, deadline=50), request(B, arrived=10, deadline=51)
+    gate.arrive(late)
+    gate.arrive(good)
+    read_all(gate, at=10)
+    assert taken(gate, now=50) == [good]
+    assert gate.expired(49) == []
+    (expired,) = gate.expired(50)
+    assert expired.request is late
+    assert isinstance(expired.error, DeadlineError)
+    assert gate.expired(50) == []
+    assert gate.waiting == 0
+
+
+def test_drop_and_leave() -> None:
+    gate = make_gate()
+    gate.arrive(request(A, arrived=10))
+    gate.arrive(request(B, arrived=10))
+    gate.observe(request(A, arrived=10))
+    gate.drop(A)
+    read_all(gate, at=10)
+    assert [r.caller for r in taken(gate)] == [B]
+    assert len(gate.observed(11)) == 1
+    gate.observe(request(A, arrived=10))
+    gate.leave(A)
+    assert gate.observed(11) == []
+    gate.leave(A)
+
+
+def test_the_pass_says_what_the_batch_rests_on() -> None:
+    gate = make_gate()
+    read_all(gate, at=5)
+    gate.arrive(request(B, arrived=10))
+    read(gate, GUESTS, at=10, ended=11)
+    read(gate, POSTURE, IMA, at=12, ended=20)
+    read(gate, FILES, PROCESS_B, at=13, ended=14)
+    found = gate.take(0)
+    assert found is not None
+    _, passed = found
+    assert (passed.number, passed.first_start, passed.last_end) == (1, 10, 20)
+    assert {c for c, _ in passed.readings} == {*HOST, PROCESS_B}
+    assert [c for c, _ in passed.readings] == sorted(c for c, _ in passed.readings)
+    assert dict(passed.readings) == {c: s for c, s in gate.stamps.items() if c != PROCESS_A}
+    numbers = [s.number for _, s in passed.readings]
+    assert len(set(numbers)) == 5
+    assert gate.take(0) is None
+    assert gate.passes == 1
+
+
+# ── Observers ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_observers_see_good_and_bad_as_soon_as_all_is_read() -> None:
+    gate = make_gate()
+    gate.shut = "no keys"
+    observer = request(A, arrived=10, deadline=1000)
+    gate.observe(observer)
+    read_all(gate, at=9)
+    assert gate.observed(11) == []
+    read(gate, GUESTS, POSTURE, FILES, at=10)
+    read(gate, IMA, at=10, status=Status.DRIFTED)
+    assert gate.observed(11) == []
+    read(gate, PROCESS_A, at=10, status=Status.PENDING)
+    assert gate.observed(11) == []
+    read(gate, PROCESS_A, at=11, status=Status.ABSENT)
+    assert gate.observed(12) == [observer]
+    assert gate.observed(12) == []
+
+
+def test_an_observer_is_told_at_its_deadline_at_the_latest() -> None:
+    gate = make_gate()
+    observer = request(A, arrived=10, deadline=50)
+    gate.observe(observer)
+    assert gate.observed(49) == []
+    assert gate.observed(50) == [observer]
+
+
+def test_observers_are_bounded_by_caller() -> None:
+    gate = make_gate()
+    for _ in range(MAX_OBSERVERS_PER_CALLER):
+        gate.observe(request(A, arrived=10))
+    with pytest.raises(OverloadedError):
+        gate.observe(request(A, arrived=10))
+    gate.observe(request(B, arrived=10))
+
+
+# ── What is read next ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_nothing_is_wanted_while_nobody_waits() -> None:
+    gate = make_gate()
+    assert gate.wanted(frozenset()) is None
+    gate.arrive(request(A, arrived=10))
+    read_all(gate, at=10)
+    assert gate.wanted(frozenset()) is None
+
+
+def test_the_ring_asks_what_the_newest_request_still_lacks_the_longest_unasked_first() -> None:
+    gate = make_gate()
+    gate.arrive(request(A, arrived=5))
+    read_all(gate, at=5)
+    gate.arrive(request(A, arrived=10))
+    for now, component in enumerate((FILES, IMA, PROCESS_A, POSTURE, GUESTS)):
+        gate.asked(component, now)
+    order = []
+    for now in range(20, 25):
+        component = gate.wanted(frozenset())
+        assert component is not None
+        order.append(component)
+        gate.asked(component, now)
+        read(gate, component, at=now)
+    assert order == [FILES, IMA, PROCESS_A, POSTURE, GUESTS]
+    assert gate.wanted(frozenset()) is None
+
+
+def test_a_component_is_read_once_at_a_time() -> None:
+    gate = make_gate()
+    gate.arrive(request(OFFICER, arrived=10))
+    busy: set[Component] = set()
+    while (component := gate.wanted(frozenset(busy))) is not None:
+        assert component not in busy
+        busy.add(component)
+    assert busy == {*HOST}
+
+
+def test_readings_are_asked_for_observers_and_not_for_the_latched() -> None:
+    gate = make_gate()
+    gate.latch(PROCESS_A, (finding(PROCESS_A),))
+    gate._queues.clear()
+    assert gate.wanted(frozenset()) is None
+    gate.observe(request(A, arrived=10))
+    seen = set()
+    while (component := gate.wanted(frozenset(seen))) is not None:
+        seen.add(component)
+    assert seen == {*HOST, PROCESS_A}
+
+
+def test_the_sweep_revisits_everything_and_the_pending_sooner() -> None:
+    gate = make_gate(vms=(VM_A,))
+    every = {*HOST, PROCESS_A}
+    order = []
+    for now in range(1000, 1005):
+        component = gate.stale(now, 160, frozenset())
+        assert component is not None
+        order.append(component)
+        gate.asked(component, now)
+        read(gate, component, at=now)
+    assert set(order) == every
+    assert gate.stale(1100, 160, frozenset()) is None
+    assert gate.stale(1161, 160, frozenset()) == order[0]
+    assert gate.stale(1161, 160, frozenset({order[0]})) is None
+    read(gate, order[4], at=1005, status=Status.PENDING)
+    assert gate.stale(1014, 160, frozenset()) is None
+    assert gate.stale(1015, 160, frozenset()) == order[4]

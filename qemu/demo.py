@@ -34,7 +34,7 @@ CID: Final = 7
 TENANT: Final = "acme"
 # Enough for what a host of this kind executes; /usr/lib as a whole takes half a minute under emulation.
 SURVEY: Final = (
-    *("/usr/bin/", "/usr/sbin/", "/usr/libexec/", "/usr/lib/systemd/", "/usr/lib/python3.11/"),
+    *("/usr/bin/", "/usr/sbin/", "/usr/libexec/", "/usr/lib/systemd/", "/usr/lib/python3.11/lib-dynload/"),
     *("/usr/lib/x86_64-linux-gnu/libvirt/", "/usr/lib/x86_64-linux-gnu/qemu/", "/opt/hostd/"),
 )
 OPERATIONS: Final = (
@@ -79,16 +79,18 @@ class Demo:
 
     def start(self) -> None:
         tell = self.tell
-        with tell.step("Boot a KVM host with TPM 2.0 and IMA, in a virtual machine"):
-            self.host.boot()
-            self._host("uname -r; cat /proc/cmdline; ls /dev/kvm /dev/tpmrm0 /dev/vhost-vsock")
-        with tell.step("Start a guest under libvirt and KVM; set hostd up and start it as systemd units"):
-            self._say_command("virsh define alice.xml; virsh start alice")
-            self.guest.power_on()
+        with tell.step("Boot a KVM host with TPM 2.0 and IMA, in a virtual machine; make hostd's keys there"):
+            self.host.boot(settled=False)
             self._say_command("hostd setup")
             tell.output(self.service.set_up(SURVEY))
+            self.host.settle()
+            self._host("cat /proc/cmdline; ls /dev/kvm /dev/tpmrm0 /dev/vhost-vsock")
+        with tell.step("Start hostd as systemd units, and a guest under libvirt and KVM"):
             self._say_command("systemctl enable --now hostd.target")
-            self.service.start()
+            self.service.enable()
+            self._say_command("virsh define alice.xml; virsh start alice")
+            self.guest.power_on()
+            self.service.wait_active()
             self._host("systemctl is-active " + " ".join(f"hostd-{role}" for role in ROLES))
 
     def baseline(self) -> None:

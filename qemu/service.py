@@ -73,8 +73,12 @@ class Service:
     def start(self) -> None:
         """Starts hostd, now and at every boot; the gate is closed for want of a baseline."""
         with step("starting hostd"):
-            self.host.run(["systemctl", "enable", "--now", "--no-block", "hostd.target"])
+            self.enable()
             self.wait_active()
+
+    def enable(self) -> None:
+        """Has systemd start hostd, now and at every boot, and does not wait for it."""
+        self.host.run(["systemctl", "enable", "--now", "--no-block", "hostd.target"])
 
     def wait_active(self, limit: float = 180.0) -> None:
         """Waits until every role is up.

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import sys
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import msgspec
-from rich.console import Console
-from rich.table import Table
 
 from guestlib.errors import CallerError, HostdError, RefusedDriftError, TransportError, UnavailableError
 from hostd.admin.link import Link, plain
@@ -24,6 +23,8 @@ from hostd.ipc import operating as adm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from rich.console import Console
 
 T = TypeVar("T")
 LONG_S = 900.0
@@ -40,7 +41,13 @@ class _Context:
     def __init__(self, config: Config, as_json: bool) -> None:
         self.config = config
         self.as_json = as_json
-        self.out = Console(soft_wrap=True)
+
+    @cached_property
+    def out(self) -> Console:
+        """For tables and colours; imported when there is one to show: it takes a quarter of the start."""
+        from rich.console import Console
+
+        return Console(soft_wrap=True)
 
     def ask(
         self, command: adm.GatedCommand | adm.UngatedCommand, result: type[T], timeout_s: float = 30.0
@@ -58,6 +65,8 @@ class _Context:
             render()
 
     def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+        from rich.table import Table
+
         table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
         for row in rows:
             table.add_row(*(str(cell) for cell in row))

@@ -1,8 +1,8 @@
 """`hostd run`: every role as its own process under one small supervisor.
 
 For development, demonstrations and tests; production uses the systemd units. Same code, same
-sockets, same checks. If the TPM is the embedded one it is started first and stopped last. A role
-that dies is started again after a growing delay; the gate is closed meanwhile, because each role
+sockets, same checks. If the TPM is the embedded one it is started first and stopped last. A role,
+or the TPM, that dies is started again after a growing delay; the gate is closed meanwhile, because each role
 that another needs is missed at once.
 """
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hostd.config import Config
+    from hostd.platform.swtpm import Swtpm
 
 ROLES: Final = ("measurer", "vault", "gateway", "metrics")
 FIRST_DELAY_S: Final = 0.1
@@ -76,19 +77,18 @@ def supervise(config_path: Path, config: Config) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    tpm = None
-    if config.tpm.device == "swtpm":
-        from hostd.platform import swtpm
-
-        tpm = swtpm.start(config.state / "swtpm", config.run / "swtpm.sock")
-        os.chown(config.run / "swtpm.sock", config.uid_of("vault"), -1)
+    tpm = _start_tpm(config) if config.tpm.device == "swtpm" else None
     roles = [
         _Role(name, program.command("--config", str(config_path), name), _uid(config, name)) for name in ROLES
     ]
     _write_pids(config, roles)
     try:
-        while not stopping and (tpm is None or not tpm.ended()):
+        while not stopping:
             now = time.monotonic()
+            if tpm is not None and tpm.ended():
+                print("hostd: the embedded TPM ended; again", file=sys.stderr)
+                time.sleep(FIRST_DELAY_S)
+                tpm = _start_tpm(config)
             before = [r.process and r.process.pid for r in roles]
             for role in roles:
                 role.tend(now)
@@ -99,6 +99,19 @@ def supervise(config_path: Path, config: Config) -> None:
         _stop(roles)
         if tpm is not None:
             tpm.stop()
+
+
+def _start_tpm(config: Config) -> Swtpm:
+    """The embedded TPM, for the vault's user.
+
+    Raises:
+        TpmError: it does not start; without a TPM there is nothing to run.
+    """
+    from hostd.platform import swtpm
+
+    tpm = swtpm.start(config.state / "swtpm", config.run / "swtpm.sock")
+    os.chown(config.run / "swtpm.sock", config.uid_of("vault"), -1)
+    return tpm
 
 
 def _uid(config: Config, name: str) -> int:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-MAX_ENTRY_BYTES: Final = 16 << 10
+MAX_ENTRY_BYTES: Final = 32 << 10
+"""`detail` is at most 4000 characters, of which each may take six bytes (`\\u0000`)."""
 
 
 class LedgerError(UnavailableError):

@@ -80,10 +80,8 @@ class Mint:
         if data and len(self._received) <= MAX_KEY_BYTES:
             return
         key, self._received = self._received, b""
-        good = not data and bool(key)
         self._end_child()
-        if good:
-            primitives.load_private(Algorithm.RSA_3072, key)
+        if not data and _whole(key):
             self._ready.append(key)
             self._refill()
         elif self._running:
@@ -103,6 +101,15 @@ class Mint:
         child.stdout.close()
         child.kill()
         child.wait()
+
+
+def _whole(key: bytes) -> bool:
+    """Whether the child said all of it: it may have been killed in the middle."""
+    try:
+        primitives.load_private(Algorithm.RSA_3072, key)
+    except primitives.IntegrityError:
+        return False
+    return True
 
 
 def main() -> None:

@@ -169,7 +169,10 @@ def load_private(algorithm: Algorithm, material: bytes) -> PrivateKey:
     Raises:
         IntegrityError: it is not a key of this algorithm. (The wrapping was authentic: a defect.)
     """
-    key = serialization.load_der_private_key(material, password=None, unsafe_skip_rsa_key_validation=True)
+    try:
+        key = serialization.load_der_private_key(material, password=None, unsafe_skip_rsa_key_validation=True)
+    except ValueError:
+        raise IntegrityError("stored key does not parse") from None
     expected: dict[Algorithm, type] = {
         Algorithm.ECDSA_P256: ec.EllipticCurvePrivateKey,
         Algorithm.ED25519: ed25519.Ed25519PrivateKey,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from guestlib.errors import ConflictError, DeniedError, NotFoundError
+from guestlib.errors import ConflictError, DeniedError, NotFoundError, WrongStateError
 from hostd.core.keys import (
     SCHEMES,
     USAGE,
@@ -182,7 +182,7 @@ class Service:
         if key is None:
             key = self._key(tenant, op.key)
             if key.state is not State.ACTIVE:
-                after(key.state, Event.DEACTIVATE)
+                raise WrongStateError(f"a key that is {key.state} is not rotated")
             if len(key.versions) >= MAX_VERSIONS:
                 raise ConflictError(f"the key has {MAX_VERSIONS} versions, the limit")
             old = self._keyring.rewrap(key, key.current, after(key.current.state, Event.DEACTIVATE))

@@ -148,8 +148,14 @@ class Store:
             self._run("COMMIT")
 
     def flush(self) -> None:
-        """Moves the write-ahead log into the file and empties it: a shredded row stays in neither."""
-        self._run("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        """Moves the write-ahead log into the file and empties it: a shredded row stays in neither.
+
+        Raises:
+            StoreError: another process holds the file open for reading, and what it reads stays.
+        """
+        ((busy, _, _),) = self._run("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        if busy:
+            raise StoreError("store: somebody reads the file; its write-ahead log cannot be emptied")
 
     def rollback(self) -> None:
         if self._db.in_transaction:
@@ -244,7 +250,7 @@ class Store:
             row[0],
         )
         try:
-            return KeyRecord(
+            key = KeyRecord(
                 id=row[0],
                 tenant=row[1],
                 algorithm=Algorithm(row[2]),
@@ -255,6 +261,9 @@ class Store:
             )
         except ValueError as error:
             raise StoreError(f"store: row of key {row[0]!r} is damaged: {error}") from error
+        if not key.versions:
+            raise StoreError(f"store: key {row[0]!r} has lost its versions")
+        return key
 
     def count_keys(self, tenant: str) -> int:
         """Keys of a tenant, destroyed ones included."""

@@ -417,8 +417,8 @@ def test_the_ring_asks_what_the_newest_request_still_lacks_the_longest_unasked_f
     gate.arrive(request(A, arrived=5))
     read_all(gate, at=5)
     gate.arrive(request(A, arrived=10))
-    for now, component in enumerate((FILES, IMA, PROCESS_A, POSTURE, GUESTS)):
-        gate.asked(component, now)
+    for now, earlier in enumerate((FILES, IMA, PROCESS_A, POSTURE, GUESTS)):
+        gate.asked(earlier, now)
     order = []
     for now in range(20, 25):
         component = gate.wanted(frozenset())
@@ -434,9 +434,9 @@ def test_a_component_is_read_once_at_a_time() -> None:
     gate = make_gate()
     gate.arrive(request(OFFICER, arrived=10))
     busy: set[Component] = set()
-    while (component := gate.wanted(frozenset(busy))) is not None:
-        assert component not in busy
-        busy.add(component)
+    while (next_one := gate.wanted(frozenset(busy))) is not None:
+        assert next_one not in busy
+        busy.add(next_one)
     assert busy == {*HOST}
 
 
@@ -446,7 +446,7 @@ def test_readings_are_asked_for_observers_and_not_for_the_latched() -> None:
     gate._queues.clear()
     assert gate.wanted(frozenset()) is None
     gate.observe(request(A, arrived=10))
-    seen = set()
+    seen: set[Component] = set()
     while (component := gate.wanted(frozenset(seen))) is not None:
         seen.add(component)
     assert seen == {*HOST, PROCESS_A}

@@ -104,6 +104,12 @@ class Running:
     alice: Guest
     bob: Guest
 
+    def vsock(self, *options: str) -> list[str]:
+        """What ``ss`` says of vsock where the gateway is: in a network namespace of its own."""
+        pid = self.service.pid_of("gateway")
+        argv = ["nsenter", "-t", str(pid), "-n", "ss", "-H", "--vsock", *options]
+        return self.host.run(argv).text.splitlines()
+
     def python(self, guest: Guest) -> GuestPython:
         """A session in a guest, which is started first if it is not running."""
         if not guest.running:

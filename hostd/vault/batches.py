@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from guestlib.attest.binding import pass_qualifying
 from guestlib.errors import CallerError, HostdError, RefusedDriftError, UnavailableError
-from hostd.core.findings import BOOT, FILES, IMA, Finding, Kind, Severity, Status
+from hostd.core.findings import BOOT, FILES, GUESTS, IMA, Finding, Kind, Severity, Status
 from hostd.ipc.serving import Receipt
 from hostd.platform.tpm_errors import TpmError
 from hostd.vault.ledger import Entry
@@ -231,9 +231,10 @@ class Batches:
             return
         unseen = [c for c in batch.confirm if not self._looked_at(batch, c)]
         if unseen and not self.overdue:
-            # What is pending (a file just mapped) needs its content too before it can be good.
+            # What is pending (a file just mapped) needs its content too before it can be good; or the
+            # machine has gone, and `guests` says so.
             again = any(batch.tries.get(c) for c in unseen)
-            for component in (*unseen, FILES) if again else unseen:
+            for component in (*unseen, FILES, GUESTS) if again else unseen:
                 if component not in self._measuring.busy and self._measuring.ready:
                     self._gate.asked(component, time.monotonic_ns())
                     self._measuring.ask(component)
@@ -242,6 +243,8 @@ class Batches:
 
     def _looked_at(self, batch: _Batch, component: Component) -> bool:
         """Whether the second look at a component has come to something."""
+        if self._gone(batch, component):
+            return True
         stamp = self._gate.stamps.get(component)
         if stamp is None or stamp.started < batch.quoted_at:
             return False
@@ -252,6 +255,17 @@ class Batches:
             batch.tries[component] = stamp.number
             batch.pending += 1
         return batch.pending > MAX_PENDING
+
+    def _gone(self, batch: _Batch, component: Component) -> bool:
+        """Whether a machine has ended, by a reading of after the quote: only its own requests rest on it."""
+        guests = self._gate.stamps.get(GUESTS)
+        return (
+            component.kind is Kind.PROCESS
+            and self._gate.hypervisor(component.vm) is None
+            and guests is not None
+            and guests.started >= batch.quoted_at
+            and guests.status is Status.VERIFIED
+        )
 
     def _finish(self, batch: _Batch) -> None:
         self._batch = None

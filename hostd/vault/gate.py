@@ -303,20 +303,18 @@ class Gate:
                 wanted |= {c for c in self.needs(queue.caller) if not self._holds(newest, c)}
         for observer in self._observers:
             wanted |= {c for c in self.needs(observer.caller) if not self._seen(observer, c)}
-        if any(self._waits_for_files(c) for c in wanted):
-            wanted.add(FILES)
+        wanted |= {c for process in tuple(wanted) for c in self._behind(process)}
         return min(wanted - busy, key=lambda c: (self._asked.get(c, -1), c), default=None)
 
-    def _waits_for_files(self, component: Component) -> bool:
-        """Whether a process is pending since a reading that the latest look at the shared files does not
-        cover: what it has mapped can be judged only after another."""
-        stamp, files = self._stamps.get(component), self._stamps.get(FILES)
-        return (
-            component.kind is Kind.PROCESS
-            and stamp is not None
-            and stamp.status is Status.PENDING
-            and (files is None or files.started <= stamp.started)
-        )
+    def _behind(self, component: Component) -> set[Component]:
+        """What a process that is pending may be waiting for, unless it was read since: the shared files
+        (what it has mapped meanwhile) and the list of machines (it ended, or was started again)."""
+        stamp = self._stamps.get(component)
+        if component.kind is not Kind.PROCESS or stamp is None or stamp.status is not Status.PENDING:
+            return set()
+        return {
+            c for c in (FILES, GUESTS) if (s := self._stamps.get(c)) is None or s.started <= stamp.started
+        }
 
     def stale(self, now: int, sweep: int, busy: frozenset[Component]) -> Component | None:
         """The sweep's next: a component, any VM's included, not asked for since `sweep` nanoseconds,

@@ -104,6 +104,8 @@ def status(context: _Context) -> None:
         out = context.out
         colour = "green" if report.gate == "open" else "red"
         out.print(f"gate       [{colour}]{report.gate}[/]  {report.reason}", highlight=False)
+        for component in report.drifted:
+            out.print(f"drift      [red]{component}[/]", highlight=False)
         locked = "unlocked" if report.keys_unlocked else "locked"
         out.print(f"keys       {locked}; by state: {report.keys or 'none'}")
         out.print(f"reference  {report.reference[:16] or 'none in force'}")
@@ -345,7 +347,7 @@ def ledger_list(context: _Context, count: int, start: int | None) -> None:
     def render() -> None:
         for e in entries:
             outcome = e["outcome"] + (f" ({e['code']})" if e.get("code") else "")
-            line = f"{e['seq']:>6}  {_time(e['time'])}  {e.get('op') or e['event']:<16} {outcome:<28}"
+            line = f"{e['seq']:>6}  {_time(e['time'])}  {e.get('op') or e['event']:<16} {outcome:<31} "
             about = [
                 e.get("principal", ""),
                 e.get("key", ""),

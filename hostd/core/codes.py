@@ -33,6 +33,10 @@ class Code(enum.StrEnum):
     """The kernel measured a protected file with a digest that is no reference value."""
     IMA_VIOLATION = "ima-violation"
     """A protected file was open for writing while it was measured: what ran is not known."""
+    IMA_LOG_MISMATCH = "ima-log-mismatch"
+    """The log that was read after a quote does not replay to the PCR 10 in it."""
+    PCR_CHANGED = "pcr-changed"
+    """A PCR that the root key is sealed to has another value in a quote."""
     IMA_MALFORMED = "ima-malformed"
     """The measurement log is not one, or has a template that cannot be judged."""
 

@@ -43,6 +43,11 @@ class Timer:
     def cancelled(self) -> bool:
         return self._call is None
 
+    @property
+    def pending(self) -> bool:
+        """Whether it is still to fire."""
+        return self._call is not None
+
 
 class Loop:
     """Watches descriptors and timers until `stop`."""

@@ -170,7 +170,10 @@ class ComponentLine(msgspec.Struct, frozen=True):
 
 class StatusReport(msgspec.Struct, frozen=True):
     gate: str
+    """`open` or `closed` for callers of this host; a drifted VM is refused either way."""
     reason: str
+    drifted: tuple[str, ...]
+    """Components that no officer has cleared."""
     passes: int
     reference: str
     components: tuple[ComponentLine, ...]

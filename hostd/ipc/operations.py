@@ -283,7 +283,7 @@ class RandomResult(_Result, frozen=True):
 class HealthResult(_Result, frozen=True):
     gate: Literal["open", "closed"]
     reason: str
-    """Empty if open; else a code and a ledger reference, never another VM's name."""
+    """Empty if open; else the code that a request would get, never another VM's name."""
     components: dict[str, str]
     """Kind of component → status of its last reading, as far as the caller rests on it."""
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from guestlib.attest.binding import pass_qualifying
 from guestlib.errors import CallerError, HostdError, RefusedDriftError, UnavailableError
+from hostd.core.codes import Code
 from hostd.core.findings import BOOT, FILES, GUESTS, IMA, Finding, Kind, Severity, Status
 from hostd.ipc.serving import Receipt
 from hostd.platform.tpm_errors import TpmError
@@ -138,7 +139,8 @@ class Batches:
             batch.executed.append(executed)
         size, root, digest = self._ledger.size, self._ledger.tree.root(), self._evidence_digest(passed)
         batch.head = (size, root, digest)
-        self._tpm.quote(pass_qualifying(passed.number, digest, size, root), self._on_quote)
+        qualifying = pass_qualifying(passed.number, digest, size, root)
+        self._tpm.quote(qualifying, lambda result: self._on_quote(batch, result))
         try:
             self._ledger.sync()
             self._store.commit()
@@ -189,10 +191,9 @@ class Batches:
 
     # ── After the quote ───────────────────────────────────────────────────────────────────────────
 
-    def _on_quote(self, result: Quoted | TpmError) -> None:
-        batch = self._batch
-        if batch is None:
-            return
+    def _on_quote(self, batch: _Batch, result: Quoted | TpmError) -> None:
+        if batch is not self._batch:
+            return  # abandoned meanwhile; its quote says nothing of the batch that came after
         if isinstance(result, TpmError):
             self._withhold(batch, UnavailableError("the TPM did not quote"), str(result))
             return
@@ -213,7 +214,7 @@ class Batches:
                 tuple(
                     Finding(
                         component=str(BOOT),
-                        code="pcr-changed",
+                        code=Code.PCR_CHANGED.value,
                         severity=Severity.CRITICAL,
                         subject=f"PCR {pcr}",
                         expected=expected.hex(),
@@ -272,7 +273,8 @@ class Batches:
         assert batch.quoted is not None
         stamps = self._gate.stamps
         ima = stamps.get(IMA)
-        if ima is not None and ima.status is Status.VERIFIED and not self._replays(batch):
+        read = ima is not None and ima.status is Status.VERIFIED and ima.started >= batch.quoted_at
+        if read and not self._replays(batch):
             self._found(IMA, (self._log_mismatch(batch),))
         withheld: list[_Executed] = []
         for executed in batch.executed:
@@ -303,7 +305,8 @@ class Batches:
         assert batch.quoted is not None
         judge = self._measuring.appraiser
         position = None if judge is None else judge.ima.matches(batch.quoted.pcrs[IMA_PCR])
-        if judge is None or position is None:
+        # Position 0 is a PCR 10 that nothing was ever extended into: not the TPM of a kernel with a log.
+        if judge is None or not position:
             return False
         judge.ima.settle(position)
         return True
@@ -312,7 +315,7 @@ class Batches:
         assert batch.quoted is not None
         return Finding(
             component=str(IMA),
-            code="ima-log-mismatch",
+            code=Code.IMA_LOG_MISMATCH.value,
             severity=Severity.CRITICAL,
             subject="IMA measurement log",
             expected=f"a log that replays to PCR {IMA_PCR} {batch.quoted.pcrs[IMA_PCR].hex()}",

@@ -1,8 +1,8 @@
 """The channel CA: issues the TLS certificate of every worker.
 
 Its key is made once, kept in the store wrapped under ROOT, and its public key's digest is in the
-evidence that the TPM signs: that ties the channel a guest sees to the measured host. While the keys
-are locked the CA is out of memory too; a worker then keeps the certificate it has.
+evidence that the TPM signs: that ties the channel a guest sees to the measured host. It stays in memory
+when the keys are locked, because a guest must be able to ask why it is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SERVER_NAME: Final = "hostd.channel"
 LEAF_LIFE: Final = timedelta(hours=24)
-"""A worker asks again at two thirds of it."""
+"""A worker has one certificate; the gateway starts another worker before it ends."""
 CA_LIFE: Final = timedelta(days=3650)
 SKEW: Final = timedelta(minutes=5)
 """For guests whose clock is a little behind."""

@@ -75,6 +75,7 @@ class Custody:
         self._unsealing = False
         self._accepted: Accepted | None = None
         self._newly_accepted = False
+        self._unstored: bytes | None = None
         self.reference: Reference | None = None
         self.reference_digest = bytes(32)
         """Zeros while none is in force."""
@@ -132,6 +133,7 @@ class Custody:
             self.channel_ca = ChannelCa.load(self._store, self._keyring, utc_now())
             self.channel_ca_digest = spki_digest(self.channel_ca.certificate_der)
         self._keep_accepted()
+        self._store_reference()
         wrapped = self._store.meta(_REFERENCE)
         if wrapped is not None and self.reference is None:
             self._use(parse_reference(self._keyring.unwrap_service_key(_REFERENCE, wrapped)))
@@ -146,14 +148,25 @@ class Custody:
     def install_reference(self, reference: Reference, document: bytes, officer: str) -> None:
         """Puts reviewed reference values into force.
 
+        They are stored under the keys; while these are locked (after a drift that other values are to
+        mend) they are in force and stored with the next unsealing. A vault that ends before it has
+        the old ones.
+
         Raises:
-            UnavailableError: the keys are locked (the document is stored under them).
+            LedgerError: it could not be recorded; nothing changed.
         """
         digest = reference_digest(reference).hex()
-        self._store.set_meta(_REFERENCE, self._keyring.wrap_service_key(_REFERENCE, document))
         self._house.record("baseline", principal=officer, detail=f"reference values {digest}")
-        self._store.commit()
+        self._unstored = document
+        if self._keyring.unlocked:
+            self._store_reference()
+            self._store.commit()
         self._use(reference)
+
+    def _store_reference(self) -> None:
+        document, self._unstored = self._unstored, None
+        if document is not None:
+            self._store.set_meta(_REFERENCE, self._keyring.wrap_service_key(_REFERENCE, document))
 
     def accept_log(self, accepted: Accepted) -> None:
         """An officer accepts the IMA log so far; kept across restarts once the keys are there."""

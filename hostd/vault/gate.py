@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from hostd.core.readings import Hypervisor
 
 MAX_OBSERVERS_PER_CALLER = 16
+PENDING_PAUSE_NS = 10_000_000
+"""A pending component is not read again before 10 ms are over."""
 HOST_COMPONENTS = frozenset({GUESTS, POSTURE, IMA, FILES})
 
 
@@ -326,6 +328,14 @@ class Gate:
             if self._asked.get(c, -1) < now - (sweep if self._settled(c) else sweep // 16)
         ]
         return min(due)[1] if due else None
+
+    def paused(self, now: int) -> frozenset[Component]:
+        """Components that were found pending a moment ago: reading them again at once would spin."""
+        return frozenset(
+            c
+            for c, stamp in self._stamps.items()
+            if stamp.status is Status.PENDING and self._asked.get(c, -1) > now - PENDING_PAUSE_NS
+        )
 
     def _settled(self, component: Component) -> bool:
         stamp = self._stamps.get(component)

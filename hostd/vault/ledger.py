@@ -33,7 +33,7 @@ class LedgerError(UnavailableError):
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One line. Field names are append-only (docs/protocol.md, "Ledger")."""
+    """One line. Field names are append-only (docs/architecture.md, "Ledger")."""
 
     seq: int
     time: int

@@ -78,7 +78,11 @@ class _Asked:
 
 
 class Measuring:
-    """The connection to the measurer and the appraiser of its readings."""
+    """The connection to the measurer and the appraiser of its readings.
+
+    `log_attested` false: the TPM is not the one that the kernel extends (the embedded one), so that its
+    log proves nothing here, and `ima` is absent.
+    """
 
     def __init__(
         self,
@@ -87,11 +91,13 @@ class Measuring:
         *,
         uid: int,
         deadline_s: float,
+        log_attested: bool,
         new_appraiser: Callable[[], Appraiser | None],
         listener: Listener,
     ) -> None:
         self._loop = loop
         self._deadline_s = deadline_s
+        self._log_attested = log_attested
         self._new_appraiser = new_appraiser
         self._listener = listener
         self._asked: dict[int, _Asked] = {}
@@ -294,6 +300,8 @@ class Measuring:
             return
         if self.appraiser is None:
             return
+        if component.kind is Kind.IMA and not self._log_attested:
+            reading = Missing(reason="the kernel does not extend this TPM", absent=True)
         verdict = self.appraiser.appraise(component, reading)
         if isinstance(reading, ImaReading) and reading.offset == len(self.ima_log):
             self.ima_log += reading.data

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from guestlib.errors import OverloadedError
 from hostd.core.keys import Algorithm
-from hostd.platform import program
+from hostd.platform import confine, program
 from hostd.vault import primitives
 
 if TYPE_CHECKING:
@@ -114,4 +114,5 @@ def _whole(key: bytes) -> bool:
 
 def main() -> None:
     """The child: one RSA-3072 key, PKCS#8 DER, to standard output."""
+    confine.undumpable()
     sys.stdout.buffer.write(primitives.generate(Algorithm.RSA_3072))

@@ -218,6 +218,9 @@ class Operators:
         def told(result: bytes | HostdError) -> None:
             if isinstance(result, HostdError):
                 self._refuse(connection, seq, result)
+            elif len(result) > adm.MAX_DOCUMENT_BYTES:
+                error = f"the baseline has {len(result)} bytes, {adm.MAX_DOCUMENT_BYTES} are the limit: "
+                self._refuse(connection, seq, UnavailableError(error + "shorten `measure.survey`"))
             else:
                 self._answer(connection, seq, adm.Document(result, hashlib.sha256(result).hexdigest()))
             self._vault.kick()

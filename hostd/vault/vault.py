@@ -24,7 +24,7 @@ from hostd.vault.counters import Counters
 from hostd.vault.custody import Custody
 from hostd.vault.drift import Drift
 from hostd.vault.evidence import pass_digest
-from hostd.vault.gate import Gate, Pass, Refused, Waiting
+from hostd.vault.gate import PENDING_PAUSE_NS, Gate, Pass, Refused, Waiting
 from hostd.vault.heads import Heads
 from hostd.vault.keyring import Keyring
 from hostd.vault.ledger import Entry, Ledger
@@ -101,6 +101,7 @@ class Vault:
             config.run / "measurer.sock",
             uid=config.uid_of("measurer"),
             deadline_s=config.measure.deadline_s,
+            log_attested=config.tpm.device.startswith("/dev/"),
             new_appraiser=self.custody.new_appraiser,
             listener=self,
         )
@@ -126,6 +127,7 @@ class Vault:
             kick=self.kick,
         )
         self.broker = BrokerLink(self, loop, config.run / "broker.sock", gateway_uid=config.uid_of("gateway"))
+        self._awake = loop.call_after(0.0, self.kick)
         self.record("start", detail="vault started")
         self.custody.unseal()
         loop.every(TICK_S, self.kick)
@@ -286,9 +288,12 @@ class Vault:
     def _read(self) -> None:
         """Keeps the measurer busy with what blocks waiting requests; else with the sweep."""
         while self.measuring.has_room:
-            busy = self.measuring.busy
             now = time.monotonic_ns()
-            component = self.gate.wanted(busy)
+            busy = self.measuring.busy
+            paused = self.gate.paused(now)
+            component = self.gate.wanted(busy | paused)
+            if component is None and paused and not self._awake.pending:
+                self._awake = self.loop.call_after(PENDING_PAUSE_NS / 1e9, self.kick)
             if component is None and not busy:
                 component = self.gate.stale(now, int(self.config.measure.sweep_s * 1e9), busy)
             if component is None:
@@ -310,10 +315,11 @@ class Vault:
             )
             for component, stamp in sorted(self.gate.stamps.items())
         )
-        drifted = ", ".join(map(str, latched))
+        closed = self.gate.shut is not None or self.gate.host_drifted()
         return operating.StatusReport(
-            gate="closed" if self.gate.shut or self.gate.host_drifted() else "open",
-            reason=f"drift of {drifted}" if drifted else self.gate.shut or "",
+            gate="closed" if closed else "open",
+            reason=self.gate.shut or "",
+            drifted=tuple(map(str, latched)),
             passes=self.gate.passes,
             reference=self.custody.reference_digest.hex() if self.custody.reference else "",
             components=components,

@@ -330,6 +330,10 @@ class GateMachine(RuleBasedStateMachine):
                     lacking.add(component)
         for observer in self.observing:
             lacking |= self.needed(observer.caller)
+        for component in tuple(lacking):
+            # What a pending process may be waiting for is read again with it.
+            if component.vm and self.trace.latest.get(component, (0, None))[1] is Status.PENDING:
+                lacking |= {FILES, GUESTS}
         wanted = self.gate.wanted(frozenset())
         assert wanted is None or wanted in lacking
         for waiting in self.waiting:

@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
@@ -112,25 +112,22 @@ class Command:
 
     def wait_for(self, marker: bytes, timeout: float) -> bytes:
         """Wait until standard output contains ``marker``; return all of it so far."""
-        out = self._output[agent.STDOUT]
-        with self._changed:
-            self._changed.wait_for(lambda: marker in out or self.ended, timeout)
-            if marker in out:
-                return bytes(out)
-            how = "ended" if self.ended else f"went on for {timeout:g} s"
-            said = self._said()
-        raise CommandTimeoutError(f"{shlex.join(self.argv)!r} {how} without saying {marker!r}: {said}")
+        return self._wait_output(lambda out: marker in out, repr(marker), timeout)
 
     def wait_for_line(self, number: int, timeout: float) -> bytes:
         """Wait for the whole line ``number``, from 0, of standard output; return it without its end."""
+        said = self._wait_output(lambda out: out.count(b"\n") > number, f"line {number}", timeout)
+        return said.split(b"\n")[number]
+
+    def _wait_output(self, ready: Callable[[bytearray], bool], what: str, timeout: float) -> bytes:
         out = self._output[agent.STDOUT]
         with self._changed:
-            self._changed.wait_for(lambda: out.count(b"\n") > number or self.ended, timeout)
-            if out.count(b"\n") > number:
-                return bytes(out).split(b"\n")[number]
+            self._changed.wait_for(lambda: ready(out) or self.ended, timeout)
+            if ready(out):
+                return bytes(out)
             how = "ended" if self.ended else f"went on for {timeout:g} s"
             said = self._said()
-        raise CommandTimeoutError(f"{shlex.join(self.argv)!r} {how} without line {number}: {said}")
+        raise CommandTimeoutError(f"{shlex.join(self.argv)!r} {how} without saying {what}: {said}")
 
     def wait(self, timeout: float, *, check: bool = True) -> Result:
         """Wait for the end. A command out of time is killed and reported as ``CommandTimeoutError``."""

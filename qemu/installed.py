@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,7 @@ from qemu.image import ensure_image
 from qemu.install import REPO, install_guests, install_hostd
 from qemu.machine import Settings
 from qemu.process import step
-from qemu.wheels import SOURCES
+from qemu.wheels import SOURCES, ensure_dependencies
 
 KIND: Final = "installed"
 DISK: Final = "disk.qcow2"
@@ -40,8 +41,12 @@ def ensure_installed(repo: Path = REPO, settings: Settings | None = None) -> Pat
             host.shutdown()
             host.keep_disk(folder / DISK)
 
+    with ThreadPoolExecutor(1) as other:  # the two long builds of an empty cache, side by side
+        dependencies = other.submit(ensure_dependencies, repo)
+        image = ensure_image()
+        dependencies.result()
     sources = [path for name in (*SOURCES, "systemd") if (path := repo / name).exists()]
-    key = key_of([ensure_image().disk.parent.name], [*RECIPE, *sources])
+    key = key_of([image.disk.parent.name], [*RECIPE, *sources])
     entry = build_once(KIND, key, build)
     os.utime(entry)
     _remove_old(entry)

@@ -614,6 +614,11 @@ def test_a_vm_that_ended_holds_up_nobody_and_gets_nothing(bench: Bench) -> None:
     bench.quoted()
     bench.read(IMA, PROCESS_B)
     bench.gate.guests([hypervisor(VM_B)])
+    # That it was gone before the quote, or that it is not seen by a reading that is good, is not enough.
+    for started, status in ((1, Status.VERIFIED), (0, Status.PENDING)):
+        bench.read(GUESTS, started=started, status=status)
+        bench.batches.confirm()
+        assert bench.outcomes() == {}
     bench.read(GUESTS)
     bench.batches.confirm()
     assert bench.outcomes() == {"a": "refuse", "b": "answer"}

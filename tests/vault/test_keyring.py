@@ -99,6 +99,7 @@ def test_another_root_store_or_kek_generation_does_not_open(store: Store, keyrin
 def test_bindings_are_injective() -> None:
     base = KeyRecord("key-1", "red", Algorithm.AES_256_GCM, State.ACTIVE, NOW, None, ())
     keys = [base, replace(base, id="key-1r", tenant="ed"), replace(base, id="1", tenant="redkey-")]
+    keys.append(replace(base, tenant="blue"))
     keys += [replace(base, algorithm=a) for a in Algorithm if a is not base.algorithm]
     made = {
         binding(k, version, state, generation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -386,6 +387,19 @@ def test_old_versions_verify_only(call: Desk) -> None:
     for operation in (ops.Verify(key, b"m", b"s", version=3), ops.GetPublicKey(key, 3)):
         with pytest.raises(NotFoundError, match="version"):
             call(operation)
+
+
+def test_a_compromised_version_of_an_active_key(call: Desk, store: Store, keyring: Keyring) -> None:
+    key = call.create()
+    old = call(ops.Encrypt(key, b"old")).ciphertext
+    call.rotate(key)
+    record = store.key("red", key)
+    assert record is not None
+    bad = keyring.rewrap(record, record.versions[0], State.COMPROMISED)
+    store.put_key(replace(record, versions=(bad, record.versions[1])))
+    with pytest.raises(WrongStateError):
+        call(ops.Decrypt(old))
+    assert call(ops.Encrypt(key, b"new")).version == 2
 
 
 def test_versions_shown_and_versions_at_most(call: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,10 +130,11 @@ def test_users() -> None:
     assert uid_of(12345) == 12345
     with pytest.raises(ConfigError, match="no-such-user"):
         uid_of("no-such-user")
-    parsed = parse('[users]\nvault = 7\nadmin = ["root", 5]')
-    assert parsed.uid_of("vault") == 7
-    assert parsed.uid_of("gateway") == os.geteuid()
+    parsed = parse('[users]\nvault = 7\ngateway = 8\nmetrics = 9\nmeasurer = 10\nadmin = ["root", 5]')
+    roles = ("vault", "gateway", "metrics", "measurer")
+    assert [parsed.uid_of(role) for role in roles] == [7, 8, 9, 10]
     assert parsed.admin_uids() == {0, 5}
+    assert {Config().uid_of(role) for role in roles} == {os.geteuid()}
 
 
 def test_paths() -> None:

@@ -8,7 +8,7 @@ import resource
 import socket
 import time
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import pytest
@@ -137,6 +137,11 @@ def test_a_broken_decoder_stays_broken() -> None:
                 decoder.feed(data)
 
 
+def test_nesting_without_end_is_a_channel_error() -> None:
+    with pytest.raises(ChannelError, match="does not decode"):
+        Decoder[object](Any).feed(framed(b"\x91" * 100_000 + b"\xc0"))
+
+
 def test_an_error_repeats_nothing_of_the_bytes() -> None:
     body = msgspec.msgpack.encode(["ping", "SECRET"])
     with pytest.raises(ChannelError) as caught:
@@ -238,7 +243,7 @@ def test_a_full_socket_queues_in_order_and_flush_goes_on(pair: tuple[Channel[Pon
     assert got == sent
     assert not left.wants_write
     # What was written no longer counts against the bound.
-    for _ in range(3):
+    for _ in range(MAX_QUEUED_BYTES // MAX_RECORD_BYTES + 2):
         left.send(Pong(bytes(MAX_RECORD_BYTES - 100)))
         while left.wants_write:
             right.receive()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
@@ -131,6 +132,7 @@ def test_users() -> None:
     with pytest.raises(ConfigError, match="no-such-user"):
         uid_of("no-such-user")
     parsed = parse('[users]\nvault = 7\ngateway = 8\nmetrics = 9\nmeasurer = 10\nadmin = ["root", 5]')
+    roles: tuple[Literal["vault", "gateway", "metrics", "measurer"], ...]
     roles = ("vault", "gateway", "metrics", "measurer")
     assert [parsed.uid_of(role) for role in roles] == [7, 8, 9, 10]
     assert parsed.admin_uids() == {0, 5}

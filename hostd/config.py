@@ -39,7 +39,8 @@ class Host(Section, frozen=True):
 
 
 class Users(Section, frozen=True):
-    """Who each role runs as and is accepted as (name or uid). Empty: the user who runs `hostd run`."""
+    """Who each role runs as and is accepted as (name or uid): all four, or none and all are the user who
+    runs `hostd run`. (An empty name is each process's own uid, which holds only if they are the same.)"""
 
     vault: User = ""
     gateway: User = ""
@@ -168,6 +169,7 @@ def uid_of(user: User) -> int:
         raise ConfigError(f"no such user: {user!r}") from None
 
 
+ROLES = ("vault", "gateway", "metrics", "measurer")
 MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -185,6 +187,9 @@ def parse_config(text: bytes, *, origin: str) -> Config:
         raise ConfigError(f"{origin}: `$.tpm.pcrs` holds 10, which IMA extends all the time")
     if not config.tpm.pcrs:
         raise ConfigError(f"{origin}: `$.tpm.pcrs` is empty: the root key would be sealed to nothing")
+    unnamed = [role for role in ROLES if getattr(config.users, role) == ""]
+    if unnamed and len(unnamed) < len(ROLES):
+        raise ConfigError(f"{origin}: `$.users` leaves out {', '.join(unnamed)}: name all users or none")
     if not config.users.admin:
         raise ConfigError(f"{origin}: `$.users.admin` is empty: nobody could clear a drift")
     return config

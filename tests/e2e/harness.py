@@ -178,7 +178,7 @@ class Host:
 
     # ── Processes ─────────────────────────────────────────────────────────────────────────────────
 
-    def start(self) -> None:
+    def start(self, seconds: float = READY_S) -> None:
         """`hostd run`; returns when the officers' socket answers."""
         with self.log_path.open("ab") as log:
             self.supervisor = subprocess.Popen(
@@ -187,7 +187,7 @@ class Host:
                 stdout=log,
                 stderr=log,
             )
-        until(self.status, "the vault answers")
+        until(self.status, "the vault answers", seconds)
 
     def stop(self) -> None:
         """An orderly end."""

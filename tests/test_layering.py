@@ -19,7 +19,7 @@ SOURCES = sorted([*ROOT.glob("guestlib/**/*.py"), *ROOT.glob("hostd/**/*.py")])
 
 ROLES = ("measurer", "vault", "gateway", "admin", "metrics")
 DISPATCHERS = {"hostd/__main__.py", "hostd/supervisor.py"}
-BETWEEN_ROLES = {("hostd/admin/setup.py", "hostd.vault.store")}
+BETWEEN_ROLES = {("hostd/admin/setup.py", "hostd.vault.store"), ("hostd/admin/setup.py", "hostd.vault.heads")}
 """Setup makes the vault's empty store, before there is a vault."""
 
 PURE = ("hostd/core/*", "guestlib/wire/*")

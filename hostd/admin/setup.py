@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
+from guestlib.attest.imalog import PCR as IMA_PCR
 from hostd.config import Config, load_config
 from hostd.platform import swtpm
 from hostd.platform.secretmem import SecretBuffer
@@ -19,6 +20,7 @@ from hostd.platform.tpm import open_tpm
 from hostd.platform.tpm_files import encode_blob, encode_record, parse_record, read_file, write_file
 from hostd.platform.tpm_provision import provision
 from hostd.platform.tpm_tcti import Link, open_link
+from hostd.vault.heads import first_head
 from hostd.vault.store import Store
 
 if TYPE_CHECKING:
@@ -166,6 +168,7 @@ def _seal_root(config: Config, connect: Callable[[], Link]) -> None:
                 blob = tpm.seal(bytearray(view), values)
         finally:
             root.wipe()
+        first_head(tpm, config.state / "head.json", tuple(sorted({*values, IMA_PCR})))
     finally:
         tpm.close()
     write_file(path, encode_blob(blob))

@@ -35,6 +35,8 @@ class Code(enum.StrEnum):
     """A protected file was open for writing while it was measured: what ran is not known."""
     IMA_LOG_MISMATCH = "ima-log-mismatch"
     """The log that was read after a quote does not replay to the PCR 10 in it."""
+    DRIFT_ROW_MISSING = "drift-row-missing"
+    """The ledger has a drift that nobody cleared, and the store does not know it any more."""
     PCR_CHANGED = "pcr-changed"
     """A PCR that the root key is sealed to has another value in a quote."""
     IMA_MALFORMED = "ima-malformed"

@@ -56,7 +56,8 @@ def accept(listener: socket.socket) -> tuple[socket.socket, Peer] | None:
     """The next connection and who it is; None if there is none (any more)."""
     try:
         sock, _ = listener.accept()
-    except (BlockingIOError, ConnectionError, InterruptedError):
+    except OSError:
+        # Nobody there any more, or no descriptor to be had: the peer waits or gives up.
         return None
     try:
         return sock, peer_of(sock)

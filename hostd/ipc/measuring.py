@@ -36,7 +36,8 @@ class AskWho(Struct, frozen=True, tag="who"):
     """Which hypervisor process is at the other end of this channel?
 
     Either `cid` (vsock) or `pid` (peer of a unix socket, SO_PEERCRED) is not 0. Answered by a
-    `ProcessReading`, or by `Missing` if it is no known hypervisor.
+    `ProcessReading`; by `Missing`, absent, if a pid is certainly no hypervisor process; or by `Missing`,
+    not absent, if that cannot be said: then the caller is nobody.
     """
 
     seq: SequenceNumber

@@ -179,6 +179,8 @@ class GuestsProbe:
         self._waited_for: frozenset[Key] = frozenset()
         self.guests: tuple[Guest, ...] = ()
         """As of the last `look`."""
+        self.nobody: frozenset[int] = frozenset()
+        """Pids of hypervisor processes that are no VM that anyone vouches for, as of the last `look`."""
 
     def read(self) -> GuestsReading:
         """All hypervisor processes now, and who holds vhost-vsock without being one."""
@@ -202,6 +204,7 @@ class GuestsProbe:
                     guest = self.refresh(guest, word)
             guests.append(guest)
         self.guests = tuple(guests)
+        self.nobody = frozenset(process.key[0] for process in found if process.key not in said)
         self._said = said
         return self.guests
 

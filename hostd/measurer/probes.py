@@ -85,6 +85,8 @@ class Measurer:
             matching = [guest for guest in guests if guest.hypervisor.cid == request.cid]
             return self._read_process(_only(matching, f"CID {request.cid}"))
         matching = [guest for guest in guests if guest.hypervisor.pid == request.pid]
+        if not matching and request.pid not in self.guests.nobody:
+            return Missing(f"pid {request.pid} is no hypervisor process", absent=True)
         return self._read_process(_only(matching, f"pid {request.pid}"))
 
     def _read_process(self, guest: Guest) -> ProcessReading:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from guestlib.attest.binding import pass_qualifying
+from guestlib.attest.imalog import PCR as IMA_PCR
 from guestlib.errors import CallerError, HostdError, RefusedDriftError, UnavailableError
 from hostd.core.codes import Code
 from hostd.core.findings import BOOT, FILES, GUESTS, IMA, Finding, Kind, Severity, Status
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from hostd.vault.store import Store
     from hostd.vault.tpmlink import Quoted, TpmLink
 
-IMA_PCR: Final = 10
+
 CONFIRM_S: Final = 5.0
 """For the second look. Over it the batch is withheld."""
 MAX_PENDING: Final = 16

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
-from guestlib.errors import HostdError
+from guestlib.errors import HostdError, UnavailableError
 from hostd.core.callers import Caller
-from hostd.core.readings import ProcessReading, Reading
+from hostd.core.readings import Missing, ProcessReading, Reading
 from hostd.ipc import serving
 from hostd.ipc.channel import Channel, ChannelError
 from hostd.ipc.connect import accept, listen
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from hostd.ipc.loop import Loop
 
 MAX_CHANNELS: Final = 4096
+MAX_BINDING: Final = 64
+"""Callers about whom the measurer is being asked."""
+MAX_UNSENT_BYTES: Final = 8 << 20
+"""Answers of one worker between two sends: more than a batch of the largest has."""
 
 
 class Desk(Protocol):
@@ -56,6 +60,7 @@ class WorkerChannel:
         )
         self._opened = False
         self._out: list[object] = []
+        self._out_bytes = 0
         self.closed = False
         self.on_close: Callable[[WorkerChannel], None] | None = None
         loop.watch(self._channel, self._on_events)
@@ -67,6 +72,8 @@ class WorkerChannel:
             arrived = time.monotonic_ns()
             for record in records:
                 self._on_record(record, arrived)
+                if self.closed:
+                    break
             if not self.closed:
                 self._loop.watch(self._channel, self._on_events, write=self._channel.wants_write)
         except ChannelError:
@@ -91,16 +98,25 @@ class WorkerChannel:
             self.close()
 
     def answer(self, seq: int, result: Any, receipt: serving.Receipt | None) -> None:
-        self._out.append(serving.Reply(seq, msgspec.msgpack.encode(result), receipt))
+        """Queues an answer; a worker that asks for more than it may have waiting is cut off."""
+        body = msgspec.msgpack.encode(result)
+        self._out_bytes += len(body)
+        if self._out_bytes > MAX_UNSENT_BYTES:
+            self.close()
+        if not self.closed:
+            self._out.append(serving.Reply(seq, body, receipt))
 
     def refuse(self, seq: int, error: HostdError) -> None:
-        self._out.append(serving.Fault(seq, error.code, error.message[:512], error.ledger))
+        """Queues a refusal. Why the host cannot answer is for its operators: a guest gets the code."""
+        message = "the host cannot answer now" if isinstance(error, UnavailableError) else error.message
+        if not self.closed:
+            self._out.append(serving.Fault(seq, error.code, message[:512], error.ledger))
 
     def flush(self) -> None:
         """One send for all that was answered since the last."""
         if self.closed or not self._out:
             return
-        out, self._out = self._out, []
+        out, self._out, self._out_bytes = self._out, [], 0
         try:
             self._channel.send(*out)
             self._loop.watch(self._channel, self._on_events, write=self._channel.wants_write)
@@ -128,6 +144,7 @@ class BrokerLink:
         self._listener = listen(path, mode=0o600, owner=gateway_uid)
         loop.watch(self._listener, self._on_accept)
         self._broker: Channel[serving.FromBroker] | None = None
+        self._binding = 0
         self.channels: set[WorkerChannel] = set()
 
     def _on_accept(self, _events: int) -> None:
@@ -170,6 +187,7 @@ class BrokerLink:
             self._tell(broker, serving.Unbound(bind.bind, reason))
 
         def told(reading: Reading) -> None:
+            self._binding -= 1
             if broker is not self._broker:
                 os.close(fd)
                 return
@@ -186,10 +204,19 @@ class BrokerLink:
             elif bind.cid:
                 refuse("no known hypervisor process holds that CID")
                 return
+            elif not (isinstance(reading, Missing) and reading.absent):
+                # A hypervisor that cannot be read now must not become its user.
+                refuse("it cannot be said who that peer is")
+                return
             else:
                 caller = Caller(uid=bind.uid)
-            sock = socket.socket(fileno=fd)
-            if sock.family != socket.AF_UNIX or len(self.channels) >= MAX_CHANNELS:
+            try:
+                sock = socket.socket(fileno=fd)
+            except OSError:
+                refuse("that descriptor is no socket")
+                return
+            right = sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM
+            if not right or len(self.channels) >= MAX_CHANNELS:
                 sock.close()
                 self._tell(broker, serving.Unbound(bind.bind, "no channel can be made"))
                 return
@@ -198,6 +225,10 @@ class BrokerLink:
             self.channels.add(channel)
             self._tell(broker, serving.Bound(bind.bind, caller.principal))
 
+        if self._binding >= MAX_BINDING:
+            refuse("too many callers at once")
+            return
+        self._binding += 1
         self._desk.who(bind.cid, 0 if bind.cid else bind.pid, told)
 
     def _tell(self, broker: Channel[serving.FromBroker], record: object) -> None:

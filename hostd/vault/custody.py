@@ -40,7 +40,9 @@ _REFERENCE: Final = "reference"
 class House(Protocol):
     """What custody asks of the vault."""
 
-    def record(self, event: str, *, outcome: str = "done", principal: str = "", detail: str = "") -> int: ...
+    def record(
+        self, event: str, *, outcome: str = "done", principal: str = "", subject: str = "", detail: str = ""
+    ) -> int: ...
 
     def set_shut(self, what: str, reason: str | None) -> None: ...
 

@@ -8,20 +8,25 @@ until an officer clears it, with a reason, in the ledger.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from guestlib.errors import HostdError
-from hostd.core.findings import IMA, Component, Finding, Kind
+from hostd.core.codes import Code
+from hostd.core.findings import IMA, Component, Finding, Kind, Severity
 from hostd.vault.custody import LOCKED
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hostd.core.appraise_ima import Accepted
     from hostd.vault.counters import Counters
     from hostd.vault.custody import Custody, House
     from hostd.vault.gate import Gate
     from hostd.vault.keyring import Keyring
+    from hostd.vault.ledger import Ledger
     from hostd.vault.measuring import Measuring
     from hostd.vault.store import Store
 
@@ -35,6 +40,7 @@ class Drift:
         *,
         gate: Gate,
         store: Store,
+        ledger: Ledger,
         keyring: Keyring,
         custody: Custody,
         counters: Counters,
@@ -42,18 +48,36 @@ class Drift:
         self._house = house
         self._gate = gate
         self._store = store
+        self._ledger = ledger
         self._keyring = keyring
         self._custody = custody
         self._counters = counters
         self._seen_of_log: Accepted | None = None
         """The IMA log as far as it was read when its drift was recorded: what an officer has seen."""
 
-    def restore(self) -> None:
-        """Latches what was not cleared before the last stop."""
-        for component, raw, _since, _ledger in self._store.drift():
-            kind, _, vm = component.partition(":")
-            findings = msgspec.msgpack.decode(raw, type=tuple[Finding, ...])
-            self._gate.latch(Component(Kind(kind), vm), findings)
+    def restore(self, open_drift: Mapping[str, int]) -> None:
+        """Latches what was not cleared before the last stop.
+
+        `open_drift` is the ledger's word: component → entry of a drift that no later entry clears. A
+        drift that is in the ledger and not in the store was taken out of it, and is latched all the same.
+        """
+        stored: set[str] = set()
+        for name, raw, _since, _ledger in self._store.drift():
+            stored.add(name)
+            self._gate.latch(_component(name), msgspec.msgpack.decode(raw, type=tuple[Finding, ...]))
+        for name, seq in open_drift.items():
+            if name not in stored:
+                finding = Finding(
+                    component=name,
+                    code=Code.DRIFT_ROW_MISSING.value,
+                    severity=Severity.CRITICAL,
+                    subject="the store",
+                    expected=f"the drift of ledger entry {seq}, until an officer clears it",
+                    seen="no such row",
+                )
+                self._gate.latch(_component(name), (finding,))
+                self._store.put_drift(name, (finding,), _utc_ms(), seq)
+        self._store.commit()
 
     def react(self, component: Component, findings: tuple[Finding, ...], measuring: Measuring) -> None:
         """A component has drifted, and the gate has latched it: lock and record."""
@@ -68,18 +92,21 @@ class Drift:
             self._house.set_shut("keys", LOCKED)
         else:
             self._keyring.drop()
+        # The row first: whatever becomes of the entry, the latch outlives this process.
         try:
-            seq = self._house.record("drift", outcome="refused", detail=" | ".join(map(str, findings)))
-            self._store.put_drift(str(component), findings, time.time_ns() // 1_000_000, seq)
+            self._store.put_drift(str(component), findings, _utc_ms(), self._ledger.size)
             self._store.commit()
         except HostdError as error:
-            self._house.set_shut("ledger", error.message)
+            self._house.set_shut("store", error.message)
+        with suppress(HostdError):  # the gate is shut then
+            detail = " | ".join(map(str, findings))
+            self._house.record("drift", outcome="refused", subject=str(component), detail=detail)
 
     def clear(self, component: Component, reason: str, officer: str, measuring: Measuring) -> bool:
         """An officer vouches for the component again; False if it had not drifted."""
         if component not in self._gate.latched:
             return False
-        self._house.record("clear", principal=officer, detail=f"{component}: {reason}")
+        self._house.record("clear", principal=officer, subject=str(component), detail=reason)
         self._store.clear_drift(str(component))
         self._store.commit()
         self._gate.clear(component)
@@ -91,3 +118,12 @@ class Drift:
         measuring.restart()
         self._custody.unseal()
         return True
+
+
+def _component(name: str) -> Component:
+    kind, _, vm = name.partition(":")
+    return Component(Kind(kind), vm)
+
+
+def _utc_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -18,14 +18,16 @@ from guestlib.attest.binding import pass_qualifying
 from guestlib.attest.quote import attestation_key, verify_quote
 from guestlib.attest.tpm2 import parse_public
 from guestlib.errors import MalformedError, VerificationError
+from hostd.core.merkle import EMPTY_ROOT
 from hostd.platform.tpm_files import write_file
 from hostd.vault.ledger import LedgerError
+from hostd.vault.tpmlink import Quoted
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hostd.platform.tpm import Tpm
     from hostd.vault.ledger import Ledger
-    from hostd.vault.tpmlink import Quoted
 
 SAVE_S: Final = 1.0
 MAX_HEAD_BYTES: Final = 16 << 10
@@ -45,6 +47,21 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pcrs: dict[str, Digest]
 
 
+def first_head(tpm: Tpm, path: Path, selection: tuple[int, ...]) -> None:
+    """Signs the head of the empty ledger, so that from the very first start a missing head is a finding.
+
+    Raises:
+        TpmError: the TPM did not sign.
+        OSError: it could not be written.
+    """
+    nothing = bytes(32)
+    qualifying = pass_qualifying(0, nothing, 0, EMPTY_ROOT)
+    quoted = Quoted(*tpm.quote_with_pcrs(qualifying, selection))
+    heads = Heads(path)
+    heads.note(size=0, root=EMPTY_ROOT, passed=0, evidence_digest=nothing, quoted=quoted)
+    heads.save()
+
+
 class Heads:
     """Saves heads; `check` is for the start."""
 
@@ -54,7 +71,7 @@ class Heads:
         self._saved = 0.0
 
     def check(self, ledger: Ledger, ak_public: bytes) -> int:
-        """Holds the opened ledger against the saved head; the entries it vouches for (0: no head yet).
+        """Holds the opened ledger against the saved head; the number of entries it vouches for.
 
         Raises:
             LedgerError: the head is not this host's, or the ledger is not the one it signs.
@@ -62,8 +79,8 @@ class Heads:
         try:
             with self._path.open("rb") as file:
                 data = file.read(MAX_HEAD_BYTES + 1)
-        except FileNotFoundError:
-            return 0
+        except FileNotFoundError as error:
+            raise LedgerError(f"{self._path}: the signed head is missing (set-up makes the first)") from error
         except OSError as error:
             raise LedgerError(f"{self._path}: {error.strerror}") from error
         try:

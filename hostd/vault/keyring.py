@@ -108,12 +108,31 @@ class Keyring:
         """Raises: primitives.IntegrityError."""
         return primitives.unwrap(self._service_kek(), wrapped, b"hostd service key v1\0" + name.encode())
 
+    def tag(self, purpose: str, body: bytes) -> bytes:
+        """HMAC-SHA-256 of a row of the store, under a key derived from ROOT; 32 bytes."""
+        return primitives.mac(self._row_key(), purpose.encode() + b"\0" + body)
+
+    def tag_matches(self, purpose: str, body: bytes, tag: bytes) -> bool:
+        """Raises: UnavailableError, the keys are locked."""
+        return primitives.mac_matches(self._row_key(), purpose.encode() + b"\0" + body, tag)
+
     def _service_kek(self) -> bytes:
+        return self._own_key(0)
+
+    def _row_key(self) -> bytes:
+        return self._own_key(1)
+
+    def _own_key(self, purpose: int) -> bytes:
+        """Keys of hostd's own: 0 wraps its documents, 1 authenticates rows."""
         if self._root is None:
             raise UnavailableError("the keys are locked")
-        with self._root.view() as view:
-            # No tenant has an empty name (the operators' commands refuse it).
-            return primitives.derive_kek(view, store=self._store.store_id, tenant="", generation=0)
+        key = self._keks.get(("", purpose))
+        if key is None:
+            with self._root.view() as view:
+                # No tenant has an empty name (the operators' commands refuse it).
+                key = primitives.derive_kek(view, store=self._store.store_id, tenant="", generation=purpose)
+            self._keks["", purpose] = key
+        return key
 
     def _material(self, key: KeyRecord, version: VersionRecord) -> bytes:
         if version.state is State.DESTROYED:

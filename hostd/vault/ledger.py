@@ -58,6 +58,8 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 _ENCODER: Final = msgspec.json.Encoder()
 _DECODER: Final = msgspec.json.Decoder(Entry)
+_DRIFT: Final = b'"event":"drift"'
+_CLEAR: Final = b'"event":"clear"'
 
 
 class Ledger:
@@ -71,6 +73,8 @@ class Ledger:
         """
         self.path = path
         self.tree = Tree()
+        self.open_drift: dict[str, int] = {}
+        """As the file stood when it was opened: component → entry of a drift that no later entry clears."""
         self._buffer: list[bytes] = []
         self._buffered = 0
         self._failed: str | None = None
@@ -105,7 +109,19 @@ class Ledger:
                     raise LedgerError(f"{self.path}: line {number + 1} is not entry {number}")
                 self.tree.append(leaf_hash(body))
                 end += len(line)
+                if _DRIFT in body or _CLEAR in body:
+                    self._note_drift(number, body)
         return end
+
+    def _note_drift(self, number: int, body: bytes) -> None:
+        try:
+            entry = _DECODER.decode(body)
+        except ValueError as error:
+            raise LedgerError(f"{self.path}: line {number + 1} is not an entry") from error
+        if entry.event == "drift":
+            self.open_drift[entry.op] = entry.seq
+        elif entry.event == "clear":
+            self.open_drift.pop(entry.op, None)
 
     @property
     def size(self) -> int:

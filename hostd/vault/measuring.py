@@ -10,6 +10,7 @@ the measurer is connected to again.
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
 MAX_READINGS: Final = 2
 MAX_LOG_BYTES: Final = 64 << 20
 """About 450,000 entries; over it the log is no longer held and IMA is not good."""
-MAX_IDENTIFY: Final = 4
-"""Files identified at once; a first look at a QEMU has some fifty of them."""
+MAX_OPEN: Final = 6
+"""Asks with the measurer at once (it cuts off whoever has more than eight)."""
+MAX_IDENTIFY: Final = 1
+"""Files identified at once: hashing a large one holds up every reading behind it."""
 IDENTIFY_DEADLINE_S: Final = 60.0
 """Hashing one large file from a cold disk, on a slow machine."""
 SURVEY_DEADLINE_S: Final = 600.0
@@ -70,6 +73,7 @@ class _Asked:
     seq: int
     started: int
     deadline: float
+    within_s: float
     component: Component | None = None
     file: int = -1
     raw: Callable[[Reading], None] | None = None
@@ -103,6 +107,8 @@ class Measuring:
         self._asked: dict[int, _Asked] = {}
         self._seq = 0
         self._to_identify: list[int] = []
+        self._unsent: deque[tuple[_Asked, measuring.Request]] = deque()
+        """Asked for and not sent yet: the measurer takes a few at a time."""
         self._channel: Channel[measuring.Response] | None = None
         self._greeted = False
         self.appraiser = new_appraiser()
@@ -134,6 +140,7 @@ class Measuring:
         self._loop.forget(channel)
         channel.close()
         lost, self._asked = self._asked, {}
+        self._unsent.clear()
         self._to_identify.clear()
         self._listener.measurer_lost(reason)
         for asked in lost.values():
@@ -153,7 +160,8 @@ class Measuring:
         if self._channel is not None:
             if not self._greeted and now > self._hello_by:
                 self._lose("the measurer did not greet")
-            late = next((a for a in self._asked.values() if now > a.deadline), None)
+            unsent = {asked.seq for asked, _ in self._unsent}
+            late = next((a for a in self._asked.values() if now > a.deadline and a.seq not in unsent), None)
             if late is not None:
                 self._lose(f"a reading missed its deadline: {late.component or 'file or survey'}")
         self._loop.call_after(self._deadline_s / 4, self._watchdog)
@@ -161,10 +169,28 @@ class Measuring:
     # ── Asking ────────────────────────────────────────────────────────────────────────────────────
 
     def _send(self, asked: _Asked, request: measuring.Request) -> None:
+        """Sends a request, or keeps it until the measurer has answered enough of the others."""
+        if self._channel is None:
+            return
+        self._asked[asked.seq] = asked
+        open_asks = len(self._asked) - len(self._unsent) - 1
+        if open_asks >= MAX_OPEN and asked.survey is None:
+            self._unsent.append((asked, request))
+        else:
+            self._transmit(request)
+
+    def _send_waiting(self) -> None:
+        while self._unsent and len(self._asked) - len(self._unsent) < MAX_OPEN:
+            asked, request = self._unsent.popleft()
+            # The time to answer starts now; a reading's start stays the moment of its asking, which is
+            # earlier than the truth, never later.
+            asked.deadline = time.monotonic() + asked.within_s
+            self._transmit(request)
+
+    def _transmit(self, request: measuring.Request) -> None:
         channel = self._channel
         if channel is None:
             return
-        self._asked[asked.seq] = asked
         try:
             channel.send(request)
         except ChannelError as error:
@@ -178,6 +204,7 @@ class Measuring:
             seq=self._seq,
             started=time.monotonic_ns() if started is None else started,
             deadline=time.monotonic() + deadline_s,
+            within_s=deadline_s,
         )
 
     @property
@@ -253,6 +280,7 @@ class Measuring:
             self._on_record(record)
             if self._channel is not channel:
                 return
+        self._send_waiting()
 
     def _on_record(self, record: measuring.Response) -> None:
         if isinstance(record, measuring.Hello):

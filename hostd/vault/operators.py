@@ -168,7 +168,7 @@ class Operators:
     def _bind(self, principal: str, tenant: str, now: int) -> Done:
         if self._vault.store.kek_generation(tenant) is None:
             raise NotFoundError(f"no such tenant: {tenant}")
-        self._vault.store.bind(principal, tenant, now)
+        self._vault.membership.bind(principal, tenant, now)
         return Done(adm.Nothing(), tenant, detail=principal)
 
     def _unbind(self, principal: str) -> Done:

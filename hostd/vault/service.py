@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 
     from hostd.core.callers import Caller
     from hostd.vault.keyring import Keyring
+    from hostd.vault.membership import Membership
     from hostd.vault.mint import Mint
     from hostd.vault.store import Store
 
-MAX_VERSIONS: Final = 1000
+MAX_VERSIONS: Final = 100
 """Versions of one key; over it, rotate into a new key."""
 MAX_KEYS: Final = 10_000
 """Keys of one tenant."""
@@ -61,8 +62,9 @@ class Done:
 class Service:
     """Executes gated operations on the store and the keyring."""
 
-    def __init__(self, store: Store, keyring: Keyring, mint: Mint) -> None:
+    def __init__(self, store: Store, keyring: Keyring, mint: Mint, membership: Membership) -> None:
         self._store = store
+        self._membership = membership
         self._keyring = keyring
         self._mint = mint
         self._now = 0
@@ -90,7 +92,7 @@ class Service:
             HostdError: the typed refusal; the store is then as `batches` rolls it back.
         """
         self._now = now
-        tenant = self._store.tenant_of(caller.principal)
+        tenant = self._membership.tenant_of(caller.principal)
         if tenant is None:
             raise DeniedError("this caller belongs to no tenant")
         return self._table[type(operation)](tenant, operation)

@@ -34,7 +34,8 @@ CREATE TABLE tenants (
     name TEXT PRIMARY KEY, created INTEGER NOT NULL, kek_generation INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE bindings (
-    principal TEXT PRIMARY KEY, tenant TEXT NOT NULL REFERENCES tenants(name), created INTEGER NOT NULL
+    principal TEXT PRIMARY KEY, tenant TEXT NOT NULL REFERENCES tenants(name), created INTEGER NOT NULL,
+    tag BLOB NOT NULL
 ) STRICT;
 CREATE TABLE keys (
     id TEXT PRIMARY KEY, tenant TEXT NOT NULL REFERENCES tenants(name), algorithm TEXT NOT NULL,
@@ -194,16 +195,22 @@ class Store:
         row = self._run("SELECT kek_generation FROM tenants WHERE name=?", tenant).fetchone()
         return None if row is None else int(row[0])
 
-    def bind(self, principal: str, tenant: str, now: int) -> None:
-        self._write("INSERT INTO bindings VALUES (?,?,?)", principal, tenant, now)
+    def bind(self, principal: str, tenant: str, now: int, tag: bytes) -> None:
+        self._write("INSERT INTO bindings VALUES (?,?,?,?)", principal, tenant, now, tag)
 
     def unbind(self, principal: str) -> bool:
         self._write("DELETE FROM bindings WHERE principal=?", principal)
         return bool(self._run("SELECT changes()").fetchone()[0])
 
+    def binding(self, principal: str) -> tuple[str, bytes] | None:
+        """(tenant, tag) as stored; `membership` says whether it may be believed."""
+        row = self._run("SELECT tenant, tag FROM bindings WHERE principal=?", principal).fetchone()
+        return None if row is None else (str(row[0]), bytes(row[1]))
+
     def tenant_of(self, principal: str) -> str | None:
-        row = self._run("SELECT tenant FROM bindings WHERE principal=?", principal).fetchone()
-        return None if row is None else str(row[0])
+        """The tenant as stored, for lists that officers read. Nothing is granted on it."""
+        found = self.binding(principal)
+        return None if found is None else found[0]
 
     def bindings(self) -> list[tuple[str, str]]:
         return self._run("SELECT principal, tenant FROM bindings ORDER BY principal").fetchall()

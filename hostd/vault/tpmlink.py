@@ -9,9 +9,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from guestlib.attest.imalog import PCR as IMA_PCR
+from guestlib.attest.quote import attestation_key, verify_quote
+from guestlib.attest.tpm2 import parse_public
+from guestlib.errors import MalformedError, VerificationError
 from hostd.platform.secretmem import SecretBuffer
 from hostd.platform.tpm import open_tpm
-from hostd.platform.tpm_errors import TpmError
+from hostd.platform.tpm_errors import TpmError, TpmIdentityError
 from hostd.platform.tpm_files import parse_blob, parse_record, read_file
 from hostd.platform.tpm_tcti import open_link
 from hostd.platform.tpm_worker import Priority, TpmWorker
@@ -24,8 +28,6 @@ if TYPE_CHECKING:
     from hostd.platform.tpm import Quote, Tpm
     from hostd.platform.tpm_worker import Job
     from hostd.vault.counters import Counters
-
-IMA_PCR = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class TpmLink:
         self._counters = counters
         self.record = parse_record(read_file(config.state / "tpm.json"))
         self._blob = parse_blob(read_file(config.state / "root.json"))
+        self._ak = attestation_key(parse_public(self.record.ak_public))
         self._sealed_to = self._blob.values()
         self.selection = tuple(sorted({*self._sealed_to, IMA_PCR}))
         device, socket_path = config.tpm.device, config.run / "swtpm.sock"
@@ -83,19 +86,32 @@ class TpmLink:
             told,  # type: ignore[arg-type]
         )
 
-    def quote(self, qualifying: bytes, told: Callable[[Quoted | TpmError], None]) -> None:
-        """A quote over the sealed PCRs and PCR 10."""
+    def quote(
+        self,
+        qualifying: bytes,
+        told: Callable[[Quoted | TpmError], None],
+        *,
+        priority: Priority = Priority.QUOTE,
+    ) -> None:
+        """A quote over the sealed PCRs and PCR 10, verified: signed by this host's AK, over this
+        qualifying data and these values. Whatever sits between us and the TPM can delay it, not make it.
+        """
         selection = self.selection
         asked = time.monotonic()
 
         def work(tpm: Tpm) -> Quoted:
-            return Quoted(*tpm.quote_with_pcrs(qualifying, selection))
+            quoted = Quoted(*tpm.quote_with_pcrs(qualifying, selection))
+            try:
+                verify_quote(self._ak, quoted.quote.attest, quoted.quote.signature, qualifying, quoted.pcrs)
+            except (VerificationError, MalformedError) as error:
+                raise TpmIdentityError(f"the quote is not this host's: {error}") from error
+            return quoted
 
         def timed(result: object) -> None:
             self._counters.observe("hostd_tpm_quote_seconds", time.monotonic() - asked)
             told(result)  # type: ignore[arg-type]
 
-        self._submit(Priority.QUOTE, work, timed)
+        self._submit(priority, work, timed)
 
     def differing(self, pcrs: dict[int, bytes]) -> list[tuple[int, bytes, bytes]]:
         """Sealed PCRs whose quoted value is another: (index, sealed value, quoted value)."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from guestlib.errors import HostdError
+from guestlib.errors import DeniedError, HostdError
 from hostd.core.findings import GUESTS, Component, Finding, Kind, Severity, Status, Verdict
 from hostd.core.readings import GuestsReading, Reading
 from hostd.ipc import operating
@@ -29,6 +29,7 @@ from hostd.vault.heads import Heads
 from hostd.vault.keyring import Keyring
 from hostd.vault.ledger import Entry, Ledger
 from hostd.vault.measuring import Measuring
+from hostd.vault.membership import Membership
 from hostd.vault.mint import Mint
 from hostd.vault.refusals import WINDOW_S, Refusals
 from hostd.vault.service import Service
@@ -63,7 +64,8 @@ class Vault:
         self.heads.check(self.ledger, self.tpm.record.ak_public)
         self.keyring = Keyring(self.store)
         self.mint = Mint(loop)
-        self.service = Service(self.store, self.keyring, self.mint)
+        self.membership = Membership(self.store, self.keyring)
+        self.service = Service(self.store, self.keyring, self.mint, self.membership)
         self.shut_reasons: dict[str, str] = {
             "keys": "the root key is not unsealed",
             "reference": "no reference values are in force",
@@ -90,11 +92,12 @@ class Vault:
             self,
             gate=self.gate,
             store=self.store,
+            ledger=self.ledger,
             keyring=self.keyring,
             custody=self.custody,
             counters=self.counters,
         )
-        self.drift.restore()
+        self.drift.restore(self.ledger.open_drift)
         self.refusals = Refusals(self.ledger, self.counters, self._ledger_failed)
         self.measuring = Measuring(
             loop,
@@ -135,7 +138,9 @@ class Vault:
 
     # ── Small helpers ─────────────────────────────────────────────────────────────────────────────
 
-    def record(self, event: str, *, outcome: str = "done", principal: str = "", detail: str = "") -> int:
+    def record(
+        self, event: str, *, outcome: str = "done", principal: str = "", subject: str = "", detail: str = ""
+    ) -> int:
         """A durable ledger entry of hostd's own or an officer's deed; its number.
 
         Raises:
@@ -148,6 +153,7 @@ class Vault:
             event=event,
             outcome=outcome,
             principal=principal,
+            op=subject,
             passed=self.gate.passes,
             detail=detail[:4000],
         )
@@ -261,6 +267,11 @@ class Vault:
             answer=lambda result, receipt: channel.answer(seq, result, receipt),
             refuse=refuse,
         )
+        if self.gate.shut is None and self.store.binding(channel.caller.principal) is None:
+            # Here, and not only when it executes: a caller who is nobody's must not cost an entry each time.
+            stranger = DeniedError("this caller belongs to no tenant")
+            self.refusals.refuse(channel.caller.principal, name, stranger, refuse)
+            return
         self.submit(channel.caller, job, arrived, deadline)
 
     def submit(self, caller: Caller, job: Job, arrived: int, deadline: int) -> None:

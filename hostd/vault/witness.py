@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Final
 
 from guestlib.attest.binding import evidence_qualifying
 from guestlib.attest.evidence import Evidence, QuotedBytes, encode_evidence, encode_statement
-from guestlib.errors import HostdError, RefusedDriftError, UnavailableError
+from guestlib.errors import HostdError, OverloadedError, RefusedDriftError, UnavailableError
 from hostd.ipc import operations as ops
 from hostd.platform.tpm_errors import TpmError
+from hostd.platform.tpm_worker import Priority
 from hostd.vault.channelca import utc_now
 from hostd.vault.evidence import claims_for, statement_for
 from hostd.vault.gate import Gate, Waiting
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 OBSERVE_SHARE: Final = 0.5
 """Of a request's deadline: how long fresh readings are waited for. (A VM's files are hashed whole when
 it is first seen, which takes a second or so.)"""
+MAX_QUOTING: Final = 32
+"""Evidence documents for which the TPM is being asked."""
 UNGATED: Final = (ops.Health, ops.GetEvidence, ops.GetEvidenceLog)
 
 
@@ -52,6 +55,7 @@ class Witness:
         self._tpm = tpm
         self._wait_ns = int(wait_s * 1e9)
         self._kick = kick
+        self._quoting = 0
 
     def on_call(
         self, channel: WorkerChannel, seq: int, operation: ops.UngatedOperation, arrived: int
@@ -91,6 +95,10 @@ class Witness:
         if custody.channel_ca is None:
             channel.refuse(seq, UnavailableError("the keys have not been unsealed"))
             return
+        if self._quoting >= MAX_QUOTING:
+            channel.refuse(seq, OverloadedError("too many requests for evidence are waiting"))
+            return
+        self._quoting += 1
         statement = statement_for(
             channel.caller,
             nonce,
@@ -104,6 +112,7 @@ class Witness:
         )
 
         def told(result: Quoted | TpmError) -> None:
+            self._quoting -= 1
             if isinstance(result, TpmError):
                 channel.refuse(seq, UnavailableError("the TPM did not quote"))
             else:
@@ -113,4 +122,6 @@ class Witness:
                 channel.answer(seq, ops.EvidenceResult(evidence=document, log_bytes=size), None)
             self._kick()
 
-        self._tpm.quote(evidence_qualifying(nonce, encode_statement(statement)), told)
+        # After the batches': evidence must not hold up answers.
+        qualifying = evidence_qualifying(nonce, encode_statement(statement))
+        self._tpm.quote(qualifying, told, priority=Priority.OTHER)

@@ -10,7 +10,7 @@ from support_tpm import Embedded
 
 from guestlib.attest.binding import pass_qualifying
 from hostd.platform.tpm import Tpm
-from hostd.vault.heads import Heads
+from hostd.vault.heads import Heads, first_head
 from hostd.vault.ledger import Entry, Ledger, LedgerError
 from hostd.vault.tpmlink import Quoted
 
@@ -70,8 +70,14 @@ def test_entries_after_the_head_are_fine(signed: Path, host: Embedded) -> None:
     assert check(signed, host.record.ak_public) == ENTRIES
 
 
-def test_without_a_head_nothing_is_vouched_for(tmp_path: Path, host: Embedded) -> None:
+def test_a_missing_head_is_refused(tmp_path: Path, host: Embedded) -> None:
     fill(tmp_path / "ledger.jsonl").close()
+    with pytest.raises(LedgerError, match="the signed head is missing"):
+        check(tmp_path, host.record.ak_public)
+
+
+def test_setup_signs_the_empty_ledger(tmp_path: Path, tpm: Tpm, host: Embedded) -> None:
+    first_head(tpm, tmp_path / "head.json", (0, 10))
     assert check(tmp_path, host.record.ak_public) == 0
 
 

@@ -11,6 +11,7 @@ from hostd.ipc.loop import Loop
 from hostd.vault.counters import Counters
 from hostd.vault.keyring import Keyring
 from hostd.vault.ledger import Ledger
+from hostd.vault.membership import Membership
 from hostd.vault.mint import Mint
 from hostd.vault.service import Service
 from hostd.vault.store import Store
@@ -44,7 +45,7 @@ def loop() -> Iterator[Loop]:
 
 @pytest.fixture
 def service(store: Store, keyring: Keyring, loop: Loop) -> Service:
-    return Service(store, keyring, Mint(loop))
+    return Service(store, keyring, Mint(loop), Membership(store, keyring))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from hostd.platform.secretmem import SecretBuffer
 from hostd.vault import primitives
 from hostd.vault.keyring import Keyring
 from hostd.vault.ledger import Entry
+from hostd.vault.membership import Membership
 from hostd.vault.store import Store
 
 ROOT = bytes(range(32))
@@ -19,8 +20,12 @@ def root(secret: bytes = ROOT) -> SecretBuffer:
 
 
 def tenant_with_user(store: Store, name: str, uid: int) -> None:
+    """A tenant, and a user bound to it under the tests' root key."""
     store.add_tenant(name, NOW)
-    store.bind(host_principal(uid), name, NOW)
+    keyring = Keyring(store)
+    keyring.unlock(root())
+    Membership(store, keyring).bind(host_principal(uid), name, NOW)
+    keyring.lock()
 
 
 def new_key(

@@ -212,11 +212,12 @@ def test_tenants_and_bindings(store: Store) -> None:
     with pytest.raises(ConflictError):
         store.add_tenant("red", NOW)
     with pytest.raises(ConflictError):
-        store.bind("x", "no such tenant", NOW)
-    store.bind("x", "red", NOW)
+        store.bind("x", "no such tenant", NOW, b"tag")
+    store.bind("x", "red", NOW, b"tag")
     with pytest.raises(ConflictError):
-        store.bind("x", "blue", NOW)
+        store.bind("x", "blue", NOW, b"tag")
     assert store.tenant_of("x") == "red"
+    assert store.binding("x") == ("red", b"tag")
     assert ("x", "red") in store.bindings()
     assert store.unbind("x")
     assert not store.unbind("x")

@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from guestlib.client import Client
+from guestlib.client import Client, Handle
 from guestlib.errors import HostdError
 from guestlib.trust import Trust
 
@@ -41,7 +41,7 @@ class Connection(threading.Thread):
             if time.monotonic() < self.until:
                 flying.append(self._sent())
 
-    def _sent(self):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    def _sent(self) -> tuple[float, Handle]:
         return time.perf_counter(), self.client.submit("Encrypt", self.args, receipt=True)
 
 

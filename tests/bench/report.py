@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+TARGETS: dict[str, dict[str, float]] = {
+    "gate.throughput_rps": {"at_least": 1000},
+    "gate.latency_ms.p50": {"at_most": 30},
+}
 PATH = Path("build/bench.json")
 NOISE = "shared machine: compare runs, not single figures"
 
@@ -22,7 +26,8 @@ class Report:
         self, name: str, value: float, unit: str, *, samples: int, note: str, **more: float | str | bool
     ) -> None:
         line: dict[str, object] = {
-            "name": name, "value": round(value, 3), "unit": unit, "samples": samples, **more,
+            "name": name, "value": round(value, 3), "unit": unit, "samples": samples,
+            **TARGETS.get(name, {}), **more,
             "note": f"{note}; {NOISE}",
         }  # fmt: skip
         self._lines.append(line)

@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from hostd.gateway import control, listeners
-from hostd.gateway.limits import BIND_S, WAITING_CONNECTIONS, WORKER_IDLE_S, limits_of
+from hostd.gateway.limits import BIND_S, WAITING_CONNECTIONS, WORKER_IDLE_S, WORKERS_PER_USER, limits_of
 from hostd.gateway.process import WorkerProcess, spawn
 from hostd.ipc.channel import Channel, ChannelError
 from hostd.ipc.serving import Bind, Bound, ToBroker
@@ -147,6 +147,8 @@ class Broker:
         died, delay = self._deaths.get(caller, (now, 0.0))
         if now < died + delay or len(self._by_bind) + len(self._dying) >= self._gateway.workers:
             return None
+        if not caller.cid and self._workers_of(caller.uid) >= WORKERS_PER_USER:
+            return None
         peer = listeners.watch_process(caller.pid) if caller.pid else None
         if caller.pid and peer is None:
             return None
@@ -174,6 +176,10 @@ class Broker:
             self._detach()
             return None
         return served
+
+    def _workers_of(self, uid: int) -> int:
+        """Workers that one host-local user's processes have: they must not take the machines' places."""
+        return sum(not s.caller.cid and s.caller.uid == uid for s in self._by_bind.values())
 
     def _bound(self, served: Served, record: Bound) -> None:
         if served.state is not State.BINDING:

@@ -30,6 +30,8 @@ IDENTITY_S: Final = 20.0
 """For the vault to find out who a new worker's caller is and to issue its certificate."""
 BIND_S: Final = 20.0
 """For a connection to wait until its worker can take it."""
+WORKERS_PER_USER: Final = 64
+"""Workers of one host-local user's processes together."""
 WAITING_CONNECTIONS: Final = 16
 """Connections of one caller that wait while its worker is made."""
 WORKER_IDLE_S: Final = 30.0

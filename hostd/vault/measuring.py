@@ -339,7 +339,8 @@ class Measuring:
         if isinstance(reading, ImaReading) and reading.more and verdict.status is not Status.DRIFTED:
             self.ask(component, started=asked.started)
             return
-        if verdict.identify:
+        # What a drifted component has mapped besides is nobody's concern until an officer has been there.
+        if verdict.identify and verdict.status is not Status.DRIFTED:
             known = {a.file for a in self._asked.values()} | set(self._to_identify)
             self._to_identify += [f for f in verdict.identify if f not in known]
             self._identify()

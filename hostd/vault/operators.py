@@ -244,13 +244,13 @@ class Operators:
         )
 
     def _list_drift(self, connection: _Connection, seq: int, _command: adm.ListDrift) -> None:
-        lines = tuple(
-            adm.DriftLine(
-                component, since, ledger, msgspec.msgpack.decode(raw, type=tuple[tuple[str, ...], ...])
-            )
-            for component, raw, since, ledger in self._vault.store.drift()
-        )
-        self._answer(connection, seq, adm.Drift(lines))
+        stored = {name: (since, entry) for name, _raw, since, entry in self._vault.store.drift()}
+        lines = []
+        for component, findings in sorted(self._vault.gate.latched.items()):
+            since, entry = stored.get(str(component), (0, 0))
+            raw = msgspec.msgpack.encode(findings)
+            lines.append(adm.DriftLine(str(component), since, entry, _FINDINGS.decode(raw)))
+        self._answer(connection, seq, adm.Drift(tuple(lines)))
 
     def _clear_drift(self, connection: _Connection, seq: int, command: adm.ClearDrift) -> None:
         kind, _, vm = command.component.partition(":")

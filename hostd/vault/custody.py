@@ -94,6 +94,7 @@ class Custody:
             self._house.set_shut("keys", LOCKED)
             return
         self._unsealing = True
+        self._house.set_shut("keys", "the root key is being unsealed")
         self._tpm.unseal(self._on_unsealed)
 
     def _on_unsealed(self, result: SecretBuffer | TpmError) -> None:

@@ -13,6 +13,7 @@ on reading meanwhile.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,7 @@ from hostd.core.findings import BOOT, FILES, GUESTS, IMA, Finding, Kind, Severit
 from hostd.ipc.serving import Receipt
 from hostd.platform.tpm_errors import TpmError
 from hostd.vault.ledger import Entry
+from hostd.vault.store import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,10 +136,15 @@ class Batches:
         self._batch = batch = _Batch([], passed, confirm, now)
         wall = time.time_ns() // 1_000_000
         shredded = False
-        for request in requests:
-            executed = self._execute(request, wall, passed.number)
-            shredded |= executed.done is not None and _job(request).shreds
-            batch.executed.append(executed)
+        try:
+            for request in requests:
+                executed = self._execute(request, wall, passed.number)
+                shredded |= executed.done is not None and _job(request).shreds
+                batch.executed.append(executed)
+        except StoreError as error:
+            # The transaction is gone, and with it what the requests before this one did.
+            self._not_recorded(batch, requests, error)
+            return
         size, root, digest = self._ledger.size, self._ledger.tree.root(), self._evidence_digest(passed)
         batch.head = (size, root, digest)
         qualifying = pass_qualifying(passed.number, digest, size, root)
@@ -148,13 +155,20 @@ class Batches:
             if shredded:
                 self._store.flush()
         except HostdError as error:
-            self._store.rollback()
-            self._batch = None
-            self._shut(error.message)
-            for executed in batch.executed:
-                _job(executed.request).refuse(UnavailableError("the answer could not be recorded"))
+            self._not_recorded(batch, requests, error)
             return
         self._counters.observe("hostd_batch_requests", len(requests))
+
+    def _not_recorded(self, batch: _Batch, requests: list[Waiting], error: HostdError) -> None:
+        """What was done could not be made durable: nobody is answered, and the gate shuts."""
+        with suppress(StoreError):
+            self._store.rollback()
+        self._shut(error.message)
+        if self._batch is batch:  # else its quote failed at once, and all were refused then
+            self._batch = None
+            for request in requests:
+                _job(request).refuse(UnavailableError("the answer could not be recorded"))
+        self._say_withheld(batch.executed, batch.passed.number, "the answer could not be recorded")
 
     def _execute(self, request: Waiting, wall: int, number: int) -> _Executed:
         job = _job(request)
@@ -287,7 +301,8 @@ class Batches:
                 and self._gate.acceptable(c, s.status)
                 for c in needs
             )
-            if confirmed and self._gate.latched_for(caller) is None and self._gate.shut is None:
+            open_ = self._gate.latched_for(caller) is None and self._gate.shut is None
+            if confirmed and open_ and self._gate.bound(caller):
                 self._release(executed, batch.passed.number)
             else:
                 withheld.append(executed)
@@ -341,7 +356,6 @@ class Batches:
             _job(executed.request).refuse(error)
 
     def _say_withheld(self, executed: list[_Executed], number: int, why: str) -> None:
-        seqs = ", ".join(str(e.seq) for e in executed[:64])
         self._counters.count("hostd_withheld_total", by=len(executed))
         try:
             self._ledger.append(
@@ -351,7 +365,7 @@ class Batches:
                     event="withheld",
                     outcome="withheld",
                     passed=number,
-                    detail=f"{why}: {len(executed)} answers, entries {seqs}",
+                    detail=f"{why}: {len(executed)} answers, entries {_ranges(executed)}"[:4000],
                 )
             )
             self._ledger.sync()
@@ -362,6 +376,17 @@ class Batches:
         """The measurer or the keys are gone: nothing of the batch under way leaves."""
         if self._batch is not None:
             self._withhold(self._batch, UnavailableError("the measurement could not be confirmed"), why)
+
+
+def _ranges(executed: list[_Executed]) -> str:
+    """Entries as `3-7, 9`: those of a batch follow each other."""
+    runs: list[list[int]] = []
+    for one in executed:
+        if runs and one.seq == runs[-1][1] + 1:
+            runs[-1][1] = one.seq
+        else:
+            runs.append([one.seq, one.seq])
+    return ", ".join(f"{first}-{last}" if first != last else str(first) for first, last in runs)
 
 
 def _job(request: Waiting) -> Job:

@@ -169,7 +169,7 @@ class Gate:
     def waiting(self) -> int:
         return sum(len(q.requests) for q in self._queues.values())
 
-    def _bound(self, caller: Caller) -> bool:
+    def bound(self, caller: Caller) -> bool:
         """Whether a VM is still the very process that the caller's channel was bound to."""
         hypervisor = self._hypervisors.get(caller.vm)
         return not caller.vm or (
@@ -186,9 +186,7 @@ class Gate:
         )
 
     def _may_execute(self, request: Waiting) -> bool:
-        return self._bound(request.caller) and all(
-            self._holds(request, c) for c in self.needs(request.caller)
-        )
+        return self.bound(request.caller) and all(self._holds(request, c) for c in self.needs(request.caller))
 
     def take(self, now: int) -> tuple[list[Waiting], Pass] | None:
         """The next batch that may execute now, callers in turn, and the pass it rests on."""

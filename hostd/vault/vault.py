@@ -348,6 +348,7 @@ class Vault:
         self.batches.abandon("the vault stops")
         self.custody.lock()
         self.refusals.flush()
+        self.refusals.close_window()
         self.broker.flush()
         self.record("stop", detail="vault stopped")
         self.heads.save()

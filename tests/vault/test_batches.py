@@ -670,6 +670,63 @@ def test_a_store_that_cannot_be_written_answers_nothing_and_shuts_the_gate(
     assert bench.outcomes() == {"a": "refuse"}
 
 
+def test_a_transaction_that_is_gone_takes_the_whole_batch_with_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier request of the batch wrote went with it, so its answer must not leave."""
+
+    def fails() -> None:
+        raise StoreError("disk full")
+
+    bench.arrive("a", writes=True)
+    bench.arrive("b", writes=True, fails=DeniedError("no"))
+    bench.arrive("c", writes=True)
+    bench.read_all()
+    monkeypatch.setattr(bench.store, "undo", fails)
+    bench.batches.start()
+    assert bench.outcomes() == {"a": "refuse", "b": "refuse", "c": "refuse"}
+    assert {type(e) for e in bench.errors.values()} == {UnavailableError}
+    assert bench.shut == ["disk full"]
+    assert bench.store.meta("a") is None
+    assert not bench.batches.busy
+    assert bench.entries()[-1].outcome == "withheld"
+    assert bench.tpm.pending == []
+
+
+def test_a_quote_that_fails_at_once_and_a_disk_that_is_full_refuse_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.tpm.fails_at_once = TpmError("busy")
+    bench.arrive("a")
+    bench.read_all()
+    fail_disk(monkeypatch)
+    bench.batches.start()
+    assert bench.outcomes() == {"a": "refuse"}
+    assert bench.shut
+
+
+def test_every_withheld_entry_is_named(bench: Bench) -> None:
+    for number in range(90):
+        bench.arrive(f"a{number}")
+    bench.begin()
+    bench.quoted(error=TpmError("gone"))
+    assert "90 answers, entries 0-89" in bench.entries()[-1].detail
+
+
+def test_a_store_that_fails_after_the_ledger_is_said_to_withhold(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise StoreError("disk full")
+
+    monkeypatch.setattr(bench.store, "commit", fails)
+    bench.arrive("a", writes=True)
+    bench.read_all()
+    bench.batches.start()
+    assert [e.outcome for e in bench.entries()] == ["released", "withheld"]
+    assert "entries 0" in bench.entries()[-1].detail
+
+
 def test_a_withholding_that_cannot_be_recorded_shuts_the_gate(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 
     from hostd.core.findings import Component
     from hostd.vault.counters import Counters
-    from hostd.vault.gate import Gate, Pass, Waiting
+    from hostd.vault.gate import Gate
     from hostd.vault.heads import Heads
     from hostd.vault.ledger import Ledger
     from hostd.vault.measuring import Measuring
     from hostd.vault.service import Done
     from hostd.vault.store import Store
     from hostd.vault.tpmlink import Quoted, TpmLink
+    from hostd.vault.waiting import Pass, Waiting
 
 
 CONFIRM_S: Final = 5.0

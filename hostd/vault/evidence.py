@@ -22,9 +22,10 @@ from hostd.core.findings import IMA, Kind
 if TYPE_CHECKING:
     from hostd.core.callers import Caller
     from hostd.platform.tpm_files import TpmRecord
-    from hostd.vault.gate import Gate, Pass
+    from hostd.vault.gate import Gate
     from hostd.vault.ledger import Ledger
     from hostd.vault.measuring import Measuring
+    from hostd.vault.waiting import Pass
 
 
 def spki_digest(certificate_der: bytes) -> bytes:

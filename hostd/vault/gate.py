@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 from guestlib.errors import (
     DeadlineError,
-    HostdError,
     OverloadedError,
     RefusedDriftError,
     UnavailableError,
@@ -39,6 +38,7 @@ from hostd.core.findings import (
     Verdict,
     process_of,
 )
+from hostd.vault.waiting import Pass, Refused, Stamp, Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -50,42 +50,6 @@ MAX_OBSERVERS_PER_CALLER = 16
 PENDING_PAUSE_NS = 10_000_000
 """A pending component is not read again before 10 ms are over."""
 HOST_COMPONENTS = frozenset({GUESTS, POSTURE, IMA, FILES})
-
-
-@dataclass(slots=True)
-class Waiting:
-    """A request in the gate. `item` is the driver's; the gate does not look at it."""
-
-    caller: Caller
-    arrived: int
-    deadline: int
-    item: object
-
-
-@dataclass(frozen=True, slots=True)
-class Stamp:
-    """The latest judged reading of a component. Times in nanoseconds on the vault's clock."""
-
-    number: int
-    started: int
-    ended: int
-    status: Status
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """The set of readings that a batch rests on."""
-
-    number: int
-    first_start: int
-    last_end: int
-    readings: tuple[tuple[Component, Stamp], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    request: Waiting
-    error: HostdError
 
 
 @dataclass(slots=True)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hostd.vault.counters import Counters
-    from hostd.vault.gate import Waiting
     from hostd.vault.ledger import Ledger
+    from hostd.vault.waiting import Waiting
 
 WINDOW_S: Final = 1.0
 MAX_KINDS: Final = 4096

@@ -24,7 +24,7 @@ from hostd.vault.counters import Counters
 from hostd.vault.custody import Custody
 from hostd.vault.drift import Drift
 from hostd.vault.evidence import pass_digest
-from hostd.vault.gate import PENDING_PAUSE_NS, Gate, Pass, Refused, Waiting
+from hostd.vault.gate import PENDING_PAUSE_NS, Gate
 from hostd.vault.heads import Heads
 from hostd.vault.keyring import Keyring
 from hostd.vault.ledger import Entry, Ledger
@@ -35,6 +35,7 @@ from hostd.vault.refusals import WINDOW_S, Refusals
 from hostd.vault.service import Service
 from hostd.vault.store import Store
 from hostd.vault.tpmlink import TpmLink
+from hostd.vault.waiting import Pass, Refused, Waiting
 from hostd.vault.witness import OBSERVE_SHARE, UNGATED, Witness
 
 if TYPE_CHECKING:

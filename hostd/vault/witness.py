@@ -15,7 +15,8 @@ from hostd.platform.tpm_errors import TpmError
 from hostd.platform.tpm_worker import Priority
 from hostd.vault.channelca import utc_now
 from hostd.vault.evidence import claims_for, statement_for
-from hostd.vault.gate import Gate, Waiting
+from hostd.vault.gate import Gate
+from hostd.vault.waiting import Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable

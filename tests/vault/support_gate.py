@@ -17,7 +17,8 @@ from hostd.core.findings import (
     process_of,
 )
 from hostd.core.readings import Hypervisor
-from hostd.vault.gate import Gate, Waiting
+from hostd.vault.gate import Gate
+from hostd.vault.waiting import Waiting
 
 VM_A, VM_B = "aaaaaaaa-0000-4000-8000-000000000001", "bbbbbbbb-0000-4000-8000-000000000002"
 HOST = (GUESTS, POSTURE, IMA, FILES)

@@ -23,11 +23,11 @@ from hostd.ipc.serving import Receipt
 from hostd.platform.tpm_errors import TpmError
 from hostd.vault.batches import CONFIRM_S, MAX_PENDING, Batches, Job
 from hostd.vault.counters import Counters
-from hostd.vault.gate import Pass, Waiting
 from hostd.vault.ledger import Entry, Ledger
 from hostd.vault.service import Done
 from hostd.vault.store import Store, StoreError
 from hostd.vault.tpmlink import Quoted
+from hostd.vault.waiting import Pass, Waiting
 from tests.vault.support_gate import HOST, OFFICER, VM_A, VM_B, A, B, hypervisor, make_gate, verdict
 
 PROCESS_A, PROCESS_B = process_of(VM_A), process_of(VM_B)

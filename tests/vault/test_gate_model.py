@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from guestlib.errors import DeadlineError, HostdError, OverloadedError, RefusedDriftError, UnavailableError
 from hostd.core.callers import Caller
 from hostd.core.findings import FILES, GUESTS, IMA, POSTURE, Component, Status, process_of
-from hostd.vault.gate import Gate, Refused, Waiting
+from hostd.vault.gate import Gate
+from hostd.vault.waiting import Refused, Waiting
 from tests.vault.support_gate import OFFICER, USER, VM_A, VM_B, caller_of, finding, hypervisor, verdict
 
 HOST = {GUESTS, POSTURE, IMA, FILES}

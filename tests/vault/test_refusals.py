@@ -11,9 +11,9 @@ from hostd.core.callers import Caller
 from hostd.vault import refusals as module
 from hostd.vault.batches import Job
 from hostd.vault.counters import Counters
-from hostd.vault.gate import Waiting
 from hostd.vault.ledger import Entry, Ledger, LedgerError
 from hostd.vault.refusals import Refusals
+from hostd.vault.waiting import Waiting
 
 P = 'VM::"a"'
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +17,7 @@ import msgspec
 
 from guestlib.errors import CallerError, HostdError, RefusedDriftError, TransportError, UnavailableError
 from hostd.admin.link import Link, plain
+from hostd.admin.render import drift_lines, ledger_lines, safe
 from hostd.config import DEFAULT_PATH, Config, ConfigError, load_config
 from hostd.ipc import operating as adm
 
@@ -66,10 +66,11 @@ class _Context:
 
     def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
         for row in rows:
-            table.add_row(*(str(cell) for cell in row))
+            table.add_row(*(Text(safe(cell)) for cell in row))
         self.out.print(table)
 
 
@@ -77,8 +78,9 @@ def _jsonable(value: object) -> object:
     return bytes(value).hex() if isinstance(value, bytes | memoryview) else str(value)
 
 
-def _time(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+def _plain(text: str) -> str:
+    """Text inside a line with colours: no control characters, and its brackets are brackets."""
+    return safe(text).replace("[", "\\[")
 
 
 def _status(line: adm.ComponentLine | adm.VmInfo) -> str:
@@ -103,9 +105,9 @@ def status(context: _Context) -> None:
     def render() -> None:
         out = context.out
         colour = "green" if report.gate == "open" else "red"
-        out.print(f"gate       [{colour}]{report.gate}[/]  {report.reason}", highlight=False)
+        out.print(f"gate       [{colour}]{report.gate}[/]  {_plain(report.reason)}", highlight=False)
         for component in report.drifted:
-            out.print(f"drift      [red]{component}[/]", highlight=False)
+            out.print(f"drift      [red]{_plain(component)}[/]", highlight=False)
         locked = "unlocked" if report.keys_unlocked else "locked"
         out.print(f"keys       {locked}; by state: {report.keys or 'none'}")
         out.print(f"reference  {report.reference[:16] or 'none in force'}")
@@ -300,23 +302,7 @@ def drift_list(context: _Context) -> None:
     """Every finding that no officer has cleared: what, where, expected, seen."""
     found = context.ask(adm.ListDrift(), adm.Drift)
 
-    def render() -> None:
-        if not found.drift:
-            context.out.print("no drift")
-        for line in found.drift:
-            context.out.print(
-                f"[red]{line.component}[/]  since {_time(line.since)}  ledger entry {line.ledger}",
-                highlight=False,
-            )
-            for _component, code, severity, subject, expected, seen, *where in line.findings:
-                context.out.print(f"  {code} ({severity})", highlight=False)
-                context.out.print(f"    what      {subject}", highlight=False, markup=False)
-                if where and where[0]:
-                    context.out.print(f"    where     {where[0]}", highlight=False, markup=False)
-                context.out.print(f"    expected  {expected}", highlight=False, markup=False)
-                context.out.print(f"    seen      {seen}", highlight=False, markup=False)
-
-    context.show(found, render)
+    context.show(found, lambda: click.echo("\n".join(drift_lines(found))))
 
 
 @drift.command("clear")
@@ -344,20 +330,10 @@ def ledger_list(context: _Context, count: int, start: int | None) -> None:
     found = context.ask(command, adm.LedgerLines)
     entries = [msgspec.msgpack.decode(raw) for raw in found.entries]
 
-    def render() -> None:
-        for e in entries:
-            outcome = e["outcome"] + (f" ({e['code']})" if e.get("code") else "")
-            line = f"{e['seq']:>6}  {_time(e['time'])}  {e.get('op') or e['event']:<16} {outcome:<31} "
-            about = [
-                e.get("principal", ""),
-                e.get("key", ""),
-                f"pass {e['passed']}" if e.get("passed") else "",
-            ]
-            click.echo(line + "  ".join(a for a in about if a))
-            for part in filter(None, e.get("detail", "").split(" | ")):
-                click.echo(f"{'':>8}{part}")
-
-    context.show({"entries": entries, "size": found.size, "root": found.root}, render)
+    context.show(
+        {"entries": entries, "size": found.size, "root": found.root},
+        lambda: click.echo("\n".join(ledger_lines(entries))),
+    )
 
 
 @ledger.command("verify")

@@ -1,0 +1,51 @@
+"""How hostctl shows what the vault says: plain lines, safe for a terminal.
+
+Paths, VM names and command lines in findings were chosen by whoever is measured; control characters in
+them are shown as escapes, never sent to the terminal.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from hostd.ipc import operating as adm
+
+
+def safe(text: object) -> str:
+    """Text without control characters: `\\x1b` becomes four visible characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def utc(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def drift_lines(found: adm.Drift) -> Iterator[str]:
+    """Every finding: what, where, expected, seen."""
+    if not found.drift:
+        yield "no drift"
+    for line in found.drift:
+        yield f"{safe(line.component)}  since {utc(line.since)}  ledger entry {line.ledger}"
+        for _component, code, severity, subject, expected, seen, *where in line.findings:
+            yield f"  {code} ({severity})"
+            yield f"    what      {safe(subject)}"
+            if where and where[0]:
+                yield f"    where     {safe(where[0])}"
+            yield f"    expected  {safe(expected)}"
+            yield f"    seen      {safe(seen)}"
+
+
+def ledger_lines(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """One line an entry, and its details below it."""
+    for e in entries:
+        outcome = e["outcome"] + (f" ({e['code']})" if e.get("code") else "")
+        what = e.get("op") if e["event"] == "operation" else e["event"]
+        line = f"{e['seq']:>6}  {utc(e['time'])}  {what:<16} {outcome:<31} "
+        about = [e.get("principal", ""), e.get("key", ""), f"pass {e['passed']}" if e.get("passed") else ""]
+        yield line + "  ".join(safe(a) for a in about if a)
+        for part in filter(None, e.get("detail", "").split(" | ")):
+            yield f"{'':>8}{safe(part)}"

@@ -1,0 +1,392 @@
+"""The link to the measurer over a real socket: what is asked when, and what ends the link."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from hostd.core.appraisal import Appraiser
+from hostd.core.findings import FILES, GUESTS, IMA, POSTURE, Component, Status, Verdict, process_of
+from hostd.core.readings import (
+    FilesReading,
+    GuestsReading,
+    ImaReading,
+    Missing,
+    PostureReading,
+    ProcessReading,
+    Reading,
+)
+from hostd.ipc import measuring as protocol
+from hostd.ipc.channel import Channel, ChannelClosedError
+from hostd.ipc.connect import listen
+from hostd.ipc.loop import Loop
+from hostd.vault import measuring
+from hostd.vault.measuring import MAX_OPEN, Measuring
+from tests.vault.support_gate import finding, hypervisor
+
+HELLO = protocol.Hello(b"e" * 16)
+LOST = Missing(reason="the measurer was lost", absent=False)
+READINGS: dict[Component, Reading] = {
+    GUESTS: GuestsReading((), ()),
+    POSTURE: PostureReading("", "", 0, "", (), None, None, None, None, 0),
+    IMA: ImaReading("boot", 0, b"", more=False),
+    FILES: FilesReading(()),
+}
+VMS = [f"{n:08x}-0000-4000-8000-000000000000" for n in range(50)]
+
+
+class ScriptedJudge:
+    """Judges as the test says, and keeps what it was shown."""
+
+    class Log:
+        position = 0
+
+    def __init__(self) -> None:
+        self.ima = self.Log()
+        self.status = Status.VERIFIED
+        self.identify: frozenset[int] = frozenset()
+        self.shown: list[Reading] = []
+        self.learnt: list[int] = []
+
+    def appraise(self, component: Component, reading: Reading) -> Verdict:
+        self.shown.append(reading)
+        if isinstance(reading, Missing):
+            return Verdict(component, Status.ABSENT if reading.absent else Status.PENDING)
+        findings = (finding(component),) if self.status is Status.DRIFTED else ()
+        return Verdict(component, self.status, findings, self.identify)
+
+    def learn(self, number: int, _reading: Reading) -> None:
+        self.learnt.append(number)
+
+
+class Told:
+    """The vault, as far as it is told."""
+
+    def __init__(self) -> None:
+        self.ready = 0
+        self.lost: list[str] = []
+        self.verdicts: list[tuple[Verdict, int, int]] = []
+
+    def measurer_ready(self) -> None:
+        self.ready += 1
+
+    def measurer_lost(self, reason: str) -> None:
+        self.lost.append(reason)
+
+    def on_verdict(self, verdict: Verdict, _reading: Reading, started: int, ended: int, _cost: int) -> None:
+        self.verdicts.append((verdict, started, ended))
+
+
+class Measurer:
+    """The measurer's end, in the test's hands."""
+
+    def __init__(self, loop: Loop, path: Path, *, deadline_s: float = 5.0, log_attested: bool = True) -> None:
+        self.loop = loop
+        self.listener = listen(path, mode=0o600)
+        self.told = Told()
+        self.judge = ScriptedJudge()
+        self.channel: Channel[protocol.Request] | None = None
+        self.asked: list[protocol.Request] = []
+        self.closed = False
+        self.vault = Measuring(
+            loop,
+            path,
+            uid=os.geteuid(),
+            deadline_s=deadline_s,
+            log_attested=log_attested,
+            new_appraiser=lambda: cast("Appraiser", self.judge),
+            listener=self.told,
+        )
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < end, "it did not happen"
+            self.loop.run_once(0.01)
+            self._hear()
+
+    def _hear(self) -> None:
+        if self.channel is None:
+            try:
+                sock, _ = self.listener.accept()
+            except BlockingIOError:
+                return
+            self.channel = Channel(sock, protocol.Request)
+        try:
+            self.asked += self.channel.receive()
+        except ChannelClosedError:
+            self.closed = True
+
+    def connect(self) -> None:
+        self.until(lambda: self.channel is not None)
+
+    def greet(self) -> None:
+        self.connect()
+        self.say(HELLO)
+        self.until(lambda: self.told.ready == 1)
+
+    def say(self, *records: object) -> None:
+        assert self.channel is not None
+        self.channel.send(*records)
+
+    def answer(self, request: protocol.Request, reading: Reading) -> None:
+        self.say(protocol.Answer(request.seq, reading, 1))
+
+    def settle(self) -> None:
+        """Until nothing more comes."""
+        for _ in range(5):
+            self.loop.run_once(0.002)
+            self._hear()
+
+    def lost(self) -> str:
+        self.until(lambda: bool(self.told.lost))
+        self.settle()
+        (reason,) = self.told.lost
+        assert self.closed
+        assert not self.vault.ready
+        return reason
+
+
+@pytest.fixture
+def make(loop: Loop, tmp_path: Path) -> Iterator[Callable[..., Measurer]]:
+    made: list[Measurer] = []
+
+    def start(*, deadline_s: float = 5.0, log_attested: bool = True) -> Measurer:
+        made.append(Measurer(loop, tmp_path / "m", deadline_s=deadline_s, log_attested=log_attested))
+        return made[-1]
+
+    yield start
+    for measurer in made:
+        measurer.listener.close()
+        if measurer.channel is not None:
+            measurer.channel.close()
+        if measurer.vault._channel is not None:
+            measurer.vault._channel.close()
+
+
+@pytest.fixture
+def measurer(make: Callable[..., Measurer]) -> Measurer:
+    greeted = make()
+    greeted.greet()
+    return greeted
+
+
+# ── How much is asked ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_few_asks_are_open_and_all_are_answered(measurer: Measurer) -> None:
+    told: list[Reading] = []
+    for vm in VMS:
+        measurer.vault.ask(process_of(vm))
+    for pid in range(1, 65):
+        measurer.vault.who(0, pid, told.append)
+    answered: set[int] = set()
+    while len(answered) < len(VMS) + 64:
+        measurer.settle()
+        waiting = [r for r in measurer.asked if r.seq not in answered]
+        assert 0 < len(waiting) <= MAX_OPEN
+        first = waiting[0]
+        answered.add(first.seq)
+        vm = first.vm if isinstance(first, protocol.Ask) else "x"
+        measurer.answer(first, ProcessReading(hypervisor(vm), (), (), 0))
+    measurer.until(lambda: len(told) == 64)
+    assert {verdict.component for verdict, _, _ in measurer.told.verdicts} == {process_of(vm) for vm in VMS}
+    assert len(measurer.asked) == len(answered)
+    assert not measurer.vault.busy
+    assert not measurer.told.lost
+
+
+def test_a_reading_starts_when_it_is_asked_for(measurer: Measurer) -> None:
+    times: dict[Component, tuple[int, int]] = {}
+    for vm in VMS[: MAX_OPEN + 2]:
+        before = time.monotonic_ns()
+        measurer.vault.ask(process_of(vm))
+        times[process_of(vm)] = before, time.monotonic_ns()
+    answered = 0
+    while len(measurer.told.verdicts) < len(times):
+        time.sleep(0.005)
+        measurer.settle()
+        for request in measurer.asked[answered:]:
+            assert isinstance(request, protocol.Ask)
+            measurer.answer(request, ProcessReading(hypervisor(request.vm), (), (), 0))
+        answered = len(measurer.asked)
+    for verdict, started, ended in measurer.told.verdicts:
+        before, after = times[verdict.component]
+        assert before <= started <= after
+        assert ended >= started + 5_000_000
+
+
+def test_a_reading_that_goes_on_started_with_its_first_part(measurer: Measurer) -> None:
+    measurer.vault.ask(IMA)
+    after = time.monotonic_ns()
+    measurer.until(lambda: len(measurer.asked) == 1)
+    time.sleep(0.01)
+    measurer.answer(measurer.asked[0], ImaReading("boot", 0, b"ab", more=True))
+    measurer.until(lambda: len(measurer.asked) == 2)
+    assert not measurer.told.verdicts
+    measurer.answer(measurer.asked[1], ImaReading("boot", 2, b"c", more=False))
+    measurer.until(lambda: bool(measurer.told.verdicts))
+    assert measurer.told.verdicts[0][1] <= after
+    assert bytes(measurer.vault.ima_log) == b"abc"
+
+
+@pytest.mark.parametrize("status", [Status.PENDING, Status.DRIFTED])
+def test_files_of_what_drifted_are_not_identified(measurer: Measurer, status: Status) -> None:
+    measurer.judge.status, measurer.judge.identify = status, frozenset({4})
+    measurer.vault.ask(FILES)
+    measurer.until(lambda: len(measurer.asked) == 1)
+    measurer.answer(measurer.asked[0], READINGS[FILES])
+    measurer.until(lambda: bool(measurer.told.verdicts))
+    measurer.settle()
+    files = [r.file for r in measurer.asked if isinstance(r, protocol.AskFile)]
+    assert files == ([] if status is Status.DRIFTED else [4])
+
+
+# ── What ends the link ────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_measurer_that_does_not_greet_is_lost(make: Callable[..., Measurer]) -> None:
+    measurer = make(deadline_s=0.1)
+    measurer.connect()
+    assert "did not greet" in measurer.lost()
+    assert not measurer.told.ready
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_measurer_that_does_not_answer_is_lost(make: Callable[..., Measurer], raw: bool) -> None:
+    measurer = make(deadline_s=0.2)
+    measurer.greet()
+    told: list[Reading] = []
+    if raw:
+        measurer.vault.who(0, 1, told.append)
+    else:
+        measurer.vault.ask(POSTURE)
+    assert "missed its deadline" in measurer.lost()
+    assert told == ([LOST] if raw else [])
+
+
+def test_whoever_waits_learns_of_the_loss(measurer: Measurer) -> None:
+    told: list[Reading] = []
+    surveyed: list[dict[str, bytes] | None] = []
+    for pid in range(1, 3 * MAX_OPEN):
+        measurer.vault.who(0, pid, told.append)
+    measurer.vault.identify(3, told.append)
+    measurer.vault.read(POSTURE, 0, told.append)
+    measurer.vault.survey(("/usr/",), surveyed.append)
+    assert measurer.channel is not None
+    measurer.channel.sock.shutdown(socket.SHUT_RDWR)
+    measurer.until(lambda: bool(measurer.told.lost))
+    assert told == [LOST] * (3 * MAX_OPEN + 1)
+    assert surveyed == [None]
+    assert len(measurer.told.lost) == 1
+    # And so does whoever comes after it.
+    measurer.vault.who(0, 1, told.append)
+    measurer.vault.survey((), surveyed.append)
+    assert isinstance(told[-1], Missing)
+    assert not told[-1].absent
+    assert surveyed == [None, None]
+
+
+def test_a_lost_measurer_is_connected_to_again(measurer: Measurer) -> None:
+    measurer.vault.ask(POSTURE)
+    assert measurer.channel is not None
+    measurer.channel.close()
+    measurer.channel = None
+    measurer.until(lambda: bool(measurer.told.lost))
+    measurer.connect()
+    measurer.say(HELLO)
+    measurer.until(lambda: measurer.told.ready == 2)
+    assert not measurer.vault.busy
+
+
+def test_a_second_greeting_ends_the_link(measurer: Measurer) -> None:
+    measurer.say(HELLO)
+    assert "greeted twice" in measurer.lost()
+
+
+def test_an_answer_before_the_greeting_ends_the_link(make: Callable[..., Measurer]) -> None:
+    measurer = make()
+    measurer.connect()
+    measurer.say(protocol.Answer(1, READINGS[POSTURE], 1))
+    assert "not asked" in measurer.lost()
+
+
+@pytest.mark.parametrize(
+    "record", [protocol.Answer(99, READINGS[POSTURE], 1), protocol.SurveyPart(99, {}, done=True)]
+)
+def test_an_answer_nobody_asked_for_ends_the_link(measurer: Measurer, record: object) -> None:
+    measurer.vault.ask(POSTURE)
+    measurer.say(record)
+    assert "not asked" in measurer.lost()
+    assert not measurer.told.verdicts
+
+
+def test_a_second_answer_ends_the_link(measurer: Measurer) -> None:
+    measurer.vault.ask(POSTURE)
+    measurer.until(lambda: bool(measurer.asked))
+    measurer.answer(measurer.asked[0], READINGS[POSTURE])
+    measurer.answer(measurer.asked[0], READINGS[POSTURE])
+    assert "not asked" in measurer.lost()
+    assert len(measurer.told.verdicts) == 1
+
+
+@pytest.mark.parametrize("component", list(READINGS), ids=str)
+@pytest.mark.parametrize("reading", list(READINGS.values()), ids=lambda r: type(r).__name__)
+def test_a_reading_of_another_kind_ends_the_link(
+    measurer: Measurer, component: Component, reading: Reading
+) -> None:
+    measurer.vault.ask(component)
+    measurer.until(lambda: bool(measurer.asked))
+    measurer.answer(measurer.asked[0], reading)
+    if reading is READINGS[component]:
+        measurer.until(lambda: bool(measurer.told.verdicts))
+        assert not measurer.told.lost
+    else:
+        assert "not asked" in measurer.lost()
+        assert not measurer.judge.shown
+
+
+def test_a_file_that_is_none_ends_the_link(measurer: Measurer) -> None:
+    measurer.judge.identify = frozenset({4})
+    measurer.vault.ask(FILES)
+    measurer.until(lambda: len(measurer.asked) == 1)
+    measurer.answer(measurer.asked[0], READINGS[FILES])
+    measurer.until(lambda: len(measurer.asked) == 2)
+    measurer.answer(measurer.asked[1], READINGS[POSTURE])
+    assert "not asked" in measurer.lost()
+    assert not measurer.judge.learnt
+
+
+def test_a_survey_part_for_a_reading_ends_the_link(measurer: Measurer) -> None:
+    measurer.vault.ask(POSTURE)
+    measurer.until(lambda: bool(measurer.asked))
+    measurer.say(protocol.SurveyPart(measurer.asked[0].seq, {}, done=True))
+    assert "not asked" in measurer.lost()
+
+
+def test_an_overlong_log_ends_the_link(measurer: Measurer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "MAX_LOG_BYTES", 3)
+    measurer.vault.ask(IMA)
+    measurer.until(lambda: len(measurer.asked) == 1)
+    measurer.answer(measurer.asked[0], ImaReading("boot", 0, b"abc", more=True))
+    measurer.until(lambda: len(measurer.asked) == 2)
+    measurer.answer(measurer.asked[1], ImaReading("boot", 3, b"d", more=False))
+    assert "the IMA log is over 3 bytes" in measurer.lost()
+    assert not measurer.told.verdicts
+
+
+def test_a_log_that_the_tpm_does_not_vouch_for_is_absent(make: Callable[..., Measurer]) -> None:
+    measurer = make(log_attested=False)
+    measurer.greet()
+    measurer.vault.ask(IMA)
+    measurer.until(lambda: bool(measurer.asked))
+    measurer.answer(measurer.asked[0], ImaReading("boot", 0, b"abc", more=False))
+    measurer.until(lambda: bool(measurer.told.verdicts))
+    assert measurer.told.verdicts[0][0] == Verdict(IMA, Status.ABSENT)
+    assert not measurer.vault.ima_log

@@ -188,7 +188,7 @@ class Demo:
             self._ctl(f"drift clear {component} --reason 'host inspected, VM started anew'")
             self.service.give_trust(self.guest)
             again = GuestPython(self.guest)
-            answer = self._guest(again, "list_keys", "[key.alias for key in client.list_keys()]")
+            answer = self._guest(again, "describe_key", 'client.describe_key("alias/database")')
             if not answer.ok:
                 raise DemoError(f"no answer after an officer cleared the drift: {answer.shown}")
             self._ctl("ledger verify")

@@ -100,8 +100,8 @@ class TpmLink:
         asked = time.monotonic()
 
         def work(tpm: Tpm) -> Quoted:
-            quoted = Quoted(*tpm.quote_with_pcrs(qualifying, selection))
             try:
+                quoted = Quoted(*tpm.quote_with_pcrs(qualifying, selection))
                 verify_quote(self._ak, quoted.quote.attest, quoted.quote.signature, qualifying, quoted.pcrs)
             except (VerificationError, MalformedError) as error:
                 raise TpmIdentityError(f"the quote is not this host's: {error}") from error

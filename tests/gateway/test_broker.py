@@ -104,6 +104,39 @@ def test_workers_are_bounded(start: Callable[..., GatewayProcess], vault: Simula
         assert len(vault.binds) == 1
 
 
+def test_workers_of_one_user_are_bounded(
+    run_dir: Path, vault: SimulatedVault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fewer = "import hostd.gateway.broker as broker; broker.WORKERS_PER_USER = 2\nrun(Config"
+    module = sys.modules[GatewayProcess.__module__]
+    monkeypatch.setattr(module, "PROGRAM", module.PROGRAM.replace("run(Config", fewer))
+    gateway = GatewayProcess(run_dir)
+    program = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(1))"
+    )
+    command = [sys.executable, "-c", program, str(gateway.path)]
+    with Guest(gateway.path, vault.ca.pem) as guest:
+        # It says nothing, so its worker waits for its handshake.
+        second = subprocess.Popen(command, stdout=subprocess.PIPE)
+        wait_for(lambda: len(vault.binds) == 2)
+        third = subprocess.run(command, capture_output=True, timeout=10, check=True)
+        assert third.stdout.strip() == b"b''"
+        assert len(vault.binds) == 2
+        assert len(gateway.workers()) == 2
+        assert second.poll() is None
+        assert "ok" in guest.ask(RANDOM)
+        second.kill()
+        second.communicate()
+        wait_for(lambda: len(gateway.workers()) == 1)
+        # The place of one that ended is another's.
+        fourth = subprocess.Popen(command, stdout=subprocess.PIPE)
+        wait_for(lambda: len(vault.binds) == 3)
+        fourth.kill()
+        fourth.communicate()
+        assert "ok" in guest.ask(RANDOM)
+    gateway.stop()
+
+
 def test_a_flood_of_connections_leaves_the_gateway_serving(
     gateway: GatewayProcess, vault: SimulatedVault
 ) -> None:

@@ -1,0 +1,265 @@
+"""Drift outlives the process, whatever is lost, until an officer clears it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from guestlib.errors import HostdError
+from hostd.config import Config
+from hostd.core.appraise_ima import Accepted
+from hostd.core.codes import Code
+from hostd.core.findings import BOOT, FILES, IMA, POSTURE, Component, Severity, process_of
+from hostd.ipc.loop import Loop
+from hostd.platform.secretmem import SecretBuffer
+from hostd.vault.counters import Counters
+from hostd.vault.custody import LOCKED, Custody
+from hostd.vault.drift import Drift
+from hostd.vault.keyring import Keyring
+from hostd.vault.ledger import Entry, Ledger
+from hostd.vault.mint import Mint
+from hostd.vault.store import Store, StoreError
+from tests.vault.support_gate import VM_A, finding, make_gate
+from tests.vault.support_keys import NOW, root
+
+
+class SimulatedMeasuring:
+    """The link to the measurer: the log as far as it was read."""
+
+    def __init__(self) -> None:
+        self.appraiser = self
+        self.ima = self
+        self.so_far = Accepted("boot", 100)
+        self.restarts = 0
+
+    def restart(self) -> None:
+        self.restarts += 1
+
+
+class SimulatedTpm:
+    """Unseals at once."""
+
+    def unseal(self, told: Callable[[SecretBuffer], None]) -> None:
+        told(root())
+
+
+class Vault:
+    """What the drift's consequences need, on real files; it is the house too."""
+
+    def __init__(self, folder: Path, loop: Loop) -> None:
+        self.store = Store(folder / "drift.sqlite", create=not (folder / "drift.sqlite").exists())
+        self.ledger = Ledger(folder / "drift.jsonl")
+        self.gate = make_gate()
+        self.keyring = Keyring(self.store)
+        self.keyring.unlock(root())
+        self.measuring = SimulatedMeasuring()
+        self.shut: dict[str, str | None] = {}
+        self.custody = Custody(
+            self,
+            Config(),
+            loop,
+            gate=self.gate,
+            store=self.store,
+            keyring=self.keyring,
+            mint=Mint(loop),
+            tpm=cast("Any", SimulatedTpm()),
+        )
+        self.drift = Drift(
+            self,
+            gate=self.gate,
+            store=self.store,
+            ledger=self.ledger,
+            keyring=self.keyring,
+            custody=self.custody,
+            counters=Counters(),
+        )
+        self.drift.restore(self.ledger.open_drift)
+
+    def record(
+        self, event: str, *, outcome: str = "done", principal: str = "", subject: str = "", detail: str = ""
+    ) -> int:
+        seq = self.ledger.size
+        self.ledger.append(
+            Entry(seq, NOW, event, outcome, principal=principal, op=subject, detail=detail[:4000])
+        )
+        self.ledger.sync()
+        return seq
+
+    def set_shut(self, what: str, reason: str | None) -> None:
+        self.shut[what] = reason
+
+    def new_reference(self) -> None:
+        self.measuring.restart()
+
+    def kick(self) -> None:
+        pass
+
+    def find(self, component: Component) -> None:
+        findings = (finding(component),)
+        self.gate.latch(component, findings)
+        self.drift.react(component, findings, cast("Any", self.measuring))
+
+    def clear(self, component: Component) -> bool:
+        return self.drift.clear(component, "looked at it", "officer", cast("Any", self.measuring))
+
+    def fill_disk(self) -> None:
+        full = os.open("/dev/full", os.O_RDWR | os.O_CLOEXEC)
+        os.dup2(full, self.ledger._fd, inheritable=False)
+        os.close(full)
+
+    def close(self) -> None:
+        self.custody.lock()
+        self.store.close()
+        self.ledger.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path, loop: Loop) -> Iterator[Callable[[], Vault]]:
+    """Starts a vault on the same files; the one before it ends as it is."""
+    running: list[Vault] = []
+
+    def make() -> Vault:
+        while running:
+            running.pop().close()
+        running.append(Vault(tmp_path, loop))
+        return running[-1]
+
+    yield make
+    for vault in running:
+        vault.close()
+
+
+@pytest.mark.parametrize("component", [FILES, BOOT, process_of(VM_A)], ids=str)
+def test_a_drift_outlives_a_restart(start: Callable[[], Vault], component: Component) -> None:
+    vault = start()
+    vault.find(component)
+    assert vault.keyring.unlocked == (component == process_of(VM_A))
+    assert vault.ledger.size == 1
+    vault = start()
+    assert vault.gate.latched == {component: (finding(component),)}
+    assert vault.ledger.open_drift == {str(component): 0}
+
+
+@pytest.mark.parametrize("component", [FILES, process_of(VM_A)], ids=str)
+def test_a_drift_that_the_ledger_cannot_take_outlives_a_restart(
+    start: Callable[[], Vault], component: Component
+) -> None:
+    vault = start()
+    vault.fill_disk()
+    vault.find(component)
+    with pytest.raises(HostdError):
+        vault.record("more")
+    assert component in vault.gate.latched
+    assert not vault.store.dirty
+    vault = start()
+    assert vault.ledger.size == 0
+    assert vault.gate.latched == {component: (finding(component),)}
+
+
+def test_a_drift_that_the_store_cannot_take_is_in_the_ledger(
+    start: Callable[[], Vault], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vault = start()
+
+    def full(*_: object) -> None:
+        raise StoreError("disk I/O error")
+
+    monkeypatch.setattr(vault.store, "put_drift", full)
+    vault.find(POSTURE)
+    assert vault.shut["store"] is not None
+    assert start().gate.latched.keys() == {POSTURE}
+
+
+@pytest.mark.parametrize("component", [IMA, process_of(VM_A)], ids=str)
+def test_a_drift_taken_out_of_the_store_is_latched(start: Callable[[], Vault], component: Component) -> None:
+    vault = start()
+    vault.record("start")
+    vault.find(component)
+    vault.store.clear_drift(str(component))
+    vault.store.commit()
+    for _ in range(2):  # and written down again
+        vault = start()
+        ((latched, findings),) = vault.gate.latched.items()
+        assert latched == component
+        (only,) = findings
+        assert (only.code, only.severity) == (Code.DRIFT_ROW_MISSING.value, Severity.CRITICAL)
+        assert only.code == "drift-row-missing"
+        assert "ledger entry 1," in only.expected
+        ((name, raw, _since, entry),) = vault.store.drift()
+        assert (name, entry) == (str(component), 1)
+        assert msgspec.msgpack.decode(raw, type=tuple[type(only), ...]) == findings
+
+
+def test_what_was_cleared_is_not_latched_again(start: Callable[[], Vault]) -> None:
+    vault = start()
+    vault.find(FILES)
+    vault.find(POSTURE)
+    assert vault.clear(FILES)
+    assert not vault.clear(FILES)
+    vault = start()
+    assert vault.gate.latched.keys() == {POSTURE}
+    assert vault.clear(POSTURE)
+    assert not start().gate.latched
+
+
+def test_a_drift_after_a_clear_is_latched_without_its_row(start: Callable[[], Vault]) -> None:
+    vault = start()
+    vault.find(FILES)
+    vault.clear(FILES)
+    vault.find(FILES)
+    vault.store.clear_drift(str(FILES))
+    vault.store.commit()
+    assert start().gate.latched.keys() == {FILES}
+
+
+def test_a_clear_that_the_ledger_cannot_take_clears_nothing(start: Callable[[], Vault]) -> None:
+    vault = start()
+    vault.find(FILES)
+    vault.fill_disk()
+    with pytest.raises(HostdError):
+        vault.clear(FILES)
+    assert FILES in vault.gate.latched
+    assert not vault.measuring.restarts
+    assert not vault.keyring.unlocked
+    assert start().gate.latched.keys() == {FILES}
+
+
+def test_an_officer_accepts_the_log_that_was_seen(start: Callable[[], Vault]) -> None:
+    vault = start()
+    vault.measuring.so_far = Accepted("boot", 100)
+    vault.find(IMA)
+    assert vault.shut["keys"] == LOCKED
+    # More of the log is read, and other components drift, before the officer has come.
+    vault.measuring.so_far = Accepted("boot", 250)
+    vault.find(POSTURE)
+    assert vault.clear(IMA)
+    assert vault.clear(POSTURE)
+    assert vault.keyring.unlocked
+    assert vault.measuring.restarts == 2
+    wrapped = vault.store.meta("ima_accepted")
+    assert wrapped is not None
+    body = vault.keyring.unwrap_service_key("ima_accepted", wrapped)
+    assert msgspec.msgpack.decode(body, type=Accepted) == Accepted("boot", 100)
+
+
+def test_clearing_another_component_accepts_no_log(start: Callable[[], Vault]) -> None:
+    vault = start()
+    vault.find(POSTURE)
+    assert vault.clear(POSTURE)
+    assert vault.keyring.unlocked
+    assert vault.store.meta("ima_accepted") is None
+
+
+def test_keys_stay_locked_while_another_drift_is_open(start: Callable[[], Vault]) -> None:
+    vault = start()
+    vault.find(FILES)
+    vault.find(POSTURE)
+    vault.clear(FILES)
+    assert not vault.keyring.unlocked
+    vault.clear(POSTURE)
+    assert vault.keyring.unlocked

@@ -1,0 +1,110 @@
+"""Health and evidence while the TPM does not answer: bounded."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from guestlib.errors import HostdError
+from hostd.core.callers import Caller
+from hostd.ipc import operations as ops
+from hostd.platform.tpm_errors import TpmError
+from hostd.platform.tpm_worker import Priority
+from hostd.vault.gate import MAX_OBSERVERS_PER_CALLER
+from hostd.vault.ledger import Ledger
+from hostd.vault.witness import MAX_QUOTING, Witness
+from tests.vault.support_gate import A, B, make_gate
+
+
+class SimulatedTpm:
+    """Keeps what it is asked to sign until the test answers."""
+
+    def __init__(self) -> None:
+        self.record = SimpleNamespace(ak_public=b"ak", ek_public=b"ek", ek_certificate=None)
+        self.pending: list[Any] = []
+
+    def quote(self, _qualifying: bytes, told: Any, *, priority: Priority) -> None:
+        assert priority is Priority.OTHER
+        self.pending.append(told)
+
+
+class SimulatedChannel:
+    def __init__(self, caller: Caller) -> None:
+        self.caller = caller
+        self.answers: dict[int, object] = {}
+        self.refusals: dict[int, HostdError] = {}
+
+    def answer(self, seq: int, result: object, _receipt: None) -> None:
+        self.answers[seq] = result
+
+    def refuse(self, seq: int, error: HostdError) -> None:
+        self.refusals[seq] = error
+
+
+class Bench:
+    def __init__(self, ledger: Ledger) -> None:
+        self.gate = make_gate()
+        self.tpm = SimulatedTpm()
+        custody = SimpleNamespace(
+            channel_ca=SimpleNamespace(certificate_der=b"ca"), reference=None, reference_digest=bytes(32)
+        )
+        self.witness = Witness(
+            gate=self.gate,
+            measuring=cast("Any", SimpleNamespace(appraiser=None, ima_log=bytearray(b"log"))),
+            custody=cast("Any", custody),
+            ledger=ledger,
+            tpm=cast("Any", self.tpm),
+            wait_s=0.0,
+            kick=lambda: None,
+        )
+
+    def ask(self, channel: SimulatedChannel, seq: int, operation: ops.UngatedOperation) -> None:
+        self.witness.on_call(cast("Any", channel), seq, operation, 1)
+
+    def observe(self) -> None:
+        for observer in self.gate.observed(2):
+            cast("Any", observer.item)()
+
+
+@pytest.fixture
+def bench(ledger: Ledger) -> Bench:
+    return Bench(ledger)
+
+
+def test_evidence_that_waits_for_the_tpm_is_bounded(bench: Bench) -> None:
+    channels = [SimulatedChannel(caller) for caller in (A, B)]
+    for seq in range(MAX_QUOTING):
+        bench.ask(channels[seq % 2], seq, ops.GetEvidence(nonce=bytes(16)))
+        bench.observe()
+    assert len(bench.tpm.pending) == MAX_QUOTING
+    assert not any(c.refusals for c in channels)
+    for seq in range(100, 120):
+        bench.ask(channels[0], seq, ops.GetEvidence(nonce=bytes(16)))
+        bench.observe()
+        assert channels[0].refusals[seq].code == "overloaded"
+    assert len(bench.tpm.pending) == MAX_QUOTING
+    # What is not evidence is answered all the same.
+    bench.ask(channels[0], 200, ops.Health())
+    bench.observe()
+    assert isinstance(channels[0].answers[200], ops.HealthResult)
+    # Each answer of the TPM, a failure too, makes room for one.
+    bench.tpm.pending.pop()(TpmError("no answer"))
+    bench.ask(channels[0], 300, ops.GetEvidence(nonce=bytes(16)))
+    bench.observe()
+    assert len(bench.tpm.pending) == MAX_QUOTING
+    assert 300 not in channels[0].refusals
+    assert [c.code for c in channels[1].refusals.values()] == ["unavailable"]
+
+
+def test_evidence_that_waits_for_readings_is_bounded_for_each_caller(bench: Bench) -> None:
+    first, second = SimulatedChannel(A), SimulatedChannel(B)
+    for seq in range(MAX_OBSERVERS_PER_CALLER + 3):
+        bench.ask(first, seq, ops.Health())
+    bench.ask(second, 1, ops.Health())
+    assert [e.code for e in first.refusals.values()] == ["overloaded"] * 3
+    assert not second.refusals
+    bench.observe()
+    assert len(first.answers) == MAX_OBSERVERS_PER_CALLER
+    assert list(second.answers) == [1]

@@ -313,7 +313,9 @@ def test_a_second_greeting_ends_the_link(measurer: Measurer) -> None:
 def test_an_answer_before_the_greeting_ends_the_link(make: Callable[..., Measurer]) -> None:
     measurer = make()
     measurer.connect()
-    measurer.say(protocol.Answer(1, READINGS[POSTURE], 1))
+    measurer.vault.ask(POSTURE)
+    measurer.until(lambda: bool(measurer.asked))
+    measurer.answer(measurer.asked[0], READINGS[POSTURE])
     assert "not asked" in measurer.lost()
 
 

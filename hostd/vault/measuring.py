@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 MAX_READINGS: Final = 2
 MAX_LOG_BYTES: Final = 64 << 20
 """About 450,000 entries; over it the log is no longer held and IMA is not good."""
+MAX_SURVEYED: Final = 500_000
+"""Files of one survey; a Debian host has some 15,000."""
 MAX_OPEN: Final = 6
 """Asks with the measurer at once (it cuts off whoever has more than eight)."""
 MAX_IDENTIFY: Final = 1
@@ -297,6 +299,8 @@ class Measuring:
             self._lose("the measurer answered what was not asked")
         elif isinstance(record, measuring.SurveyPart):
             self._on_survey(asked, record)
+        elif asked.survey is not None:
+            self._lose("the measurer answered what was not asked")
         else:
             del self._asked[record.seq]
             self._on_answer(asked, record.reading, record.cost_ns)
@@ -306,6 +310,9 @@ class Measuring:
             self._lose("the measurer answered what was not asked")
             return
         asked.surveyed.update(part.files)
+        if len(asked.surveyed) > MAX_SURVEYED:
+            self._lose(f"a survey of over {MAX_SURVEYED} files")
+            return
         if part.done:
             del self._asked[asked.seq]
             asked.survey(asked.surveyed)

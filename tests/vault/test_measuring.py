@@ -372,6 +372,26 @@ def test_a_survey_part_for_a_reading_ends_the_link(measurer: Measurer) -> None:
     assert "not asked" in measurer.lost()
 
 
+def test_a_reading_for_a_survey_ends_the_link_and_is_told(measurer: Measurer) -> None:
+    surveyed: list[dict[str, bytes] | None] = []
+    measurer.vault.survey(("/usr/",), surveyed.append)
+    measurer.until(lambda: bool(measurer.asked))
+    measurer.answer(measurer.asked[0], Missing("no", absent=False))
+    assert "not asked" in measurer.lost()
+    assert surveyed == [None]
+
+
+def test_an_overlong_survey_ends_the_link(measurer: Measurer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "MAX_SURVEYED", 2)
+    surveyed: list[dict[str, bytes] | None] = []
+    measurer.vault.survey(("/usr/",), surveyed.append)
+    measurer.until(lambda: bool(measurer.asked))
+    for name in ("/usr/a", "/usr/b", "/usr/c"):
+        measurer.say(protocol.SurveyPart(measurer.asked[0].seq, {name: bytes(32)}, done=False))
+    assert "survey of over 2 files" in measurer.lost()
+    assert surveyed == [None]
+
+
 def test_an_overlong_log_ends_the_link(measurer: Measurer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "MAX_LOG_BYTES", 3)
     measurer.vault.ask(IMA)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from qemu.guest import Guest
-from qemu.guest_python import GuestPython
+from qemu.guest_python import Answer, GuestPython
 from tests.lab.conftest import Running
 
 # Runs in the host: connects to itself as a guest would, and says what came.
@@ -94,6 +94,17 @@ def test_a_vsock_peer_that_is_no_vm_is_hung_up_on(running: Running, cid: int) ->
     assert said in ("b''", "reset")
 
 
+def _ask(python: GuestPython, code: str) -> Answer:
+    """Asks again if the connection breaks: the first one under a CID may find the worker of the VM that had
+    it before, which ends as soon as that VM is seen to be gone. It is never answered as that VM."""
+    for _ in range(5):
+        answer = python.ask(code)
+        if answer.code != "transport":
+            break
+        time.sleep(2.0)
+    return answer
+
+
 def test_a_vm_with_the_cid_of_a_dead_one_has_nothing_of_it(running: Running) -> None:
     bob = running.python(running.bob)
     key, sealed = _key(bob, "alias/left-behind")
@@ -116,7 +127,7 @@ def test_a_vm_with_the_cid_of_a_dead_one_has_nothing_of_it(running: Running) -> 
             "list(client.list_keys())",
             'client.create_key("AES-256-GCM")',
         ):
-            refused = python.ask(attempt)
+            refused = _ask(python, attempt)
             assert not refused.ok, attempt
             assert refused.code in ("denied", "unauthenticated"), (attempt, refused.shown)
         entries = running.service.ctl_json("ledger", "list", "-n", "20")["entries"]
@@ -127,5 +138,5 @@ def test_a_vm_with_the_cid_of_a_dead_one_has_nothing_of_it(running: Running) -> 
         python.close()
     # The one with bob's identity has what is bob's.
     bob = running.python(running.bob)
-    assert bob.ask(f"client.decrypt({sealed}).plaintext").shown == repr(b"mine")
+    assert _ask(bob, f"client.decrypt({sealed}).plaintext").shown == repr(b"mine")
     bob.close()

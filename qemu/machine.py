@@ -192,7 +192,16 @@ class Machine:
     @staticmethod
     def _await_socket(path: Path, owner: subprocess.Popen[bytes], log: Path) -> None:
         deadline = time.monotonic() + SOCKET_LIMIT
-        while not path.exists():
+        while not _listening(path):
             if owner.poll() is not None or time.monotonic() > deadline:
                 raise BootError(f"no {path.name}; its owner said: {tail(log)}")
             time.sleep(0.01)
+
+
+def _listening(path: Path) -> bool:
+    """Whether somebody listens on a unix socket: it has a name some moments before it takes connections.
+
+    /proc/net/unix (unix(7)): flags 00010000 is SO_ACCEPTCON; the path is the last of eight columns.
+    """
+    rows = (line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text().splitlines()[1:])
+    return any(len(row) == 8 and row[3] == "00010000" and row[7] == str(path) for row in rows)

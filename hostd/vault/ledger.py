@@ -76,7 +76,6 @@ class Ledger:
         self.open_drift: dict[str, int] = {}
         """As the file stood when it was opened: component → entry of a drift that no later entry clears."""
         self._buffer: list[bytes] = []
-        self._buffered = 0
         self._failed: str | None = None
         self.bytes = 0
         try:

@@ -71,8 +71,17 @@ class Hypervisor(Section, frozen=True):
 
 
 class Measure(Section, frozen=True):
-    require: tuple[Literal["posture", "ima", "files"], ...] = ("posture", "ima", "files")
-    """Components of the host that must be verified, not merely absent. A VM's own process always is."""
+    require: tuple[Literal["boot", "posture", "ima", "kernel", "files", "relro", "domain", "self"], ...] = (
+        "boot",
+        "posture",
+        "ima",
+        "kernel",
+        "files",
+        "relro",
+        "domain",
+        "self",
+    )
+    """Components that must be verified, not merely absent. `guests` and a VM's own `process` always are."""
     deadline_s: Positive = 2.0
     """For one reading; over it its component is not good."""
     sweep_s: Positive = 5.0

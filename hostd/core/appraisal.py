@@ -18,12 +18,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from hostd.core.appraise_boot import BootJudge
+from hostd.core.appraise_domain import DomainJudge
 from hostd.core.appraise_files import FileBook
 from hostd.core.appraise_ima import Accepted, ImaLog
+from hostd.core.appraise_kernel import KernelJudge
 from hostd.core.appraise_posture import appraise_posture
 from hostd.core.appraise_process import Processes
+from hostd.core.appraise_relro import RelroJudge
+from hostd.core.appraise_self import SelfJudge
 from hostd.core.codes import Code
 from hostd.core.findings import GUESTS, Component, Finding, Kind, Severity, Status, Verdict
+from hostd.core.reading_boot import BootReading
+from hostd.core.reading_domain import DomainReading
+from hostd.core.reading_kernel import KernelReading
+from hostd.core.reading_relro import RelroReading
+from hostd.core.reading_self import SelfReading
 from hostd.core.readings import (
     FileIdentity,
     FilesReading,
@@ -61,6 +71,11 @@ class Appraiser:
         self.files = FileBook()
         self.ima = ImaLog(rules.protected or ("",), rules.accepted)
         self._processes = Processes(allow_jit=rules.allow_jit)
+        self.boot = BootJudge()
+        self.kernel = KernelJudge()
+        self._relro = RelroJudge()
+        self._domains = DomainJudge()
+        self._self = SelfJudge()
         self._running: int | None = None
 
     def appraise(self, component: Component, reading: Reading) -> Verdict:
@@ -78,6 +93,16 @@ class Appraiser:
                 return self.files.appraise(reading, self.reference, processes=self._running)
             case Kind.PROCESS, ProcessReading():
                 return self._processes.appraise(component, reading, self.files, self.reference)
+            case Kind.BOOT, BootReading():
+                return self.boot.appraise(component, reading, self.reference)
+            case Kind.KERNEL, KernelReading():
+                return self.kernel.appraise(component, reading, self.reference)
+            case Kind.RELRO, RelroReading():
+                return self._relro.appraise(component, reading, self.reference)
+            case Kind.DOMAIN, DomainReading():
+                return self._domains.appraise(component, reading, self.reference)
+            case Kind.SELF, SelfReading():
+                return self._self.appraise(component, reading, self.reference)
         return Verdict(component, Status.PENDING)
 
     def learn(self, number: int, reading: FileIdentity | Missing) -> None:
@@ -86,7 +111,8 @@ class Appraiser:
 
     def _guests(self, reading: GuestsReading) -> Verdict:
         self._running = len(reading.hypervisors)
-        self._processes.keep_only({(item.pid, item.start_time) for item in reading.hypervisors})
+        alive = {(item.pid, item.start_time) for item in reading.hypervisors}
+        self._processes.keep_only(alive)
         findings = tuple(
             Finding(
                 str(GUESTS),

@@ -17,7 +17,7 @@ class Kind(enum.StrEnum):
     """A kind of component that is read and judged as one (docs/architecture.md, "Measurement")."""
 
     BOOT = "boot"
-    """The PCRs that the root key is sealed to, as the TPM quotes them with every batch."""
+    """The boot event log, and the PCRs that the root key is sealed to, as every batch's quote has them."""
     GUESTS = "guests"
     """Which hypervisor processes run, and which VM each of them is."""
     POSTURE = "posture"
@@ -28,6 +28,14 @@ class Kind(enum.StrEnum):
     """Content of every file segment that a hypervisor process has mapped as code or constants."""
     PROCESS = "process"
     """One hypervisor process: identity, mappings, and that its pages are those of `files`."""
+    KERNEL = "kernel"
+    """Text and read-only data of the running kernel and its modules."""
+    RELRO = "relro"
+    """One hypervisor process: data that the dynamic linker relocated and then protected (GOT)."""
+    DOMAIN = "domain"
+    """What libvirt runs for one VM: emulator, firmware, passthrough, devices."""
+    SELF = "self"
+    """hostd's own processes, files and configuration."""
 
 
 class Status(enum.StrEnum):
@@ -60,11 +68,26 @@ GUESTS = Component(Kind.GUESTS)
 POSTURE = Component(Kind.POSTURE)
 IMA = Component(Kind.IMA)
 FILES = Component(Kind.FILES)
+KERNEL = Component(Kind.KERNEL)
+SELF = Component(Kind.SELF)
+
+VM_KINDS = frozenset({Kind.PROCESS, Kind.RELRO, Kind.DOMAIN})
+"""Kinds of which every virtual machine has its own component; all others are the host's."""
 
 
 def process_of(vm: str) -> Component:
     """The component that is VM `vm`'s own hypervisor process."""
     return Component(Kind.PROCESS, vm)
+
+
+def relro_of(vm: str) -> Component:
+    """The component that is the relocated data of VM `vm`'s hypervisor process."""
+    return Component(Kind.RELRO, vm)
+
+
+def domain_of(vm: str) -> Component:
+    """The component that is libvirt's definition of VM `vm` as it runs."""
+    return Component(Kind.DOMAIN, vm)
 
 
 class Finding(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -102,6 +125,9 @@ class Verdict:
     identify: frozenset[int] = frozenset()
     """Files whose identity should be read (`AskFile`), whatever the status. Under PENDING it is what the
     component waits for; under VERIFIED it is what some process's component waits for."""
+    claims: tuple[tuple[str, str], ...] = ()
+    """What the reading shows, good or bad, as (name, value): `("files", "52")`, `("lockdown", "integrity")`.
+    For people; a decision never rests on them. Names are few and fixed, values short."""
 
     def __post_init__(self) -> None:
         critical = any(f.severity is Severity.CRITICAL for f in self.findings)

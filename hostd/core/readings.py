@@ -15,26 +15,20 @@ from typing import Annotated
 
 import msgspec
 
+from hostd.core.reading_boot import BootReading
+from hostd.core.reading_domain import DomainReading
+from hostd.core.reading_kernel import KernelReading
+from hostd.core.reading_relro import RelroReading
+from hostd.core.reading_self import SelfReading
+from hostd.core.reading_types import Address, Count, Label, Name, Sha256, Struct, Tag, Window
+
 MAX_MAPPINGS = 4096
 MAX_SEGMENTS = 16384
 MAX_HYPERVISORS = 4096
 MAX_ALTERED = 64
-WINDOW_BYTES = 16
-"""Bytes shown on each side of a difference."""
-
-Name = Annotated[str, msgspec.Meta(max_length=4096)]
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-Address = Count
-Tag = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-Sha256 = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-Window = Annotated[bytes, msgspec.Meta(max_length=2 * WINDOW_BYTES)]
 
 READ, WRITE, EXEC = 4, 2, 1
 """Protection bits of a mapping, as in `r-x`."""
-
-
-class Struct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """Base of all readings."""
 
 
 class Hypervisor(Struct, frozen=True):
@@ -118,6 +112,8 @@ class AlteredPage(Struct, frozen=True):
     reason: Annotated[str, msgspec.Meta(max_length=16)]
     """`private` (copied on write), `frame` (another physical page), `swapped`, or in a `FilesReading`
     `content`: the file's own page is not what it was when the file was identified."""
+    symbol: Label = ""
+    """Function or object of the file that holds the byte, as `name+0x12`; empty if its symbols say none."""
 
 
 class FilesReading(Struct, frozen=True, tag="files"):
@@ -176,4 +172,17 @@ class Missing(Struct, frozen=True, tag="missing"):
     absent: bool
 
 
-Reading = GuestsReading | PostureReading | ImaReading | FilesReading | FileIdentity | ProcessReading | Missing
+Reading = (
+    GuestsReading
+    | PostureReading
+    | ImaReading
+    | FilesReading
+    | FileIdentity
+    | ProcessReading
+    | BootReading
+    | KernelReading
+    | RelroReading
+    | DomainReading
+    | SelfReading
+    | Missing
+)

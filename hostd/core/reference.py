@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
 
-from hostd.core.readings import Name
+from hostd.core.reading_types import Name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

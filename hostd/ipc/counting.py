@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from hostd.core.readings import Struct
+from hostd.core.reading_types import Struct
 
 Label = Annotated[str, msgspec.Meta(max_length=128)]
 Labels = Annotated[tuple[tuple[Label, Label], ...], msgspec.Meta(max_length=8)]

@@ -11,18 +11,21 @@ from typing import Annotated
 import msgspec
 
 from hostd.core.findings import Kind
-from hostd.core.readings import Count, Name, Reading, Struct
+from hostd.core.reading_types import Count, Name, Struct
+from hostd.core.readings import Reading
 
 SequenceNumber = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class Ask(Struct, frozen=True, tag="ask"):
-    """Read one component. `vm` is set for `process`, `position` (log bytes already held) for `ima`."""
+    """Read one component. `vm` is set for `process`, `relro` and `domain`, `position` (log bytes already
+    held) for `ima` and `boot`, `part` for `kernel`, which is read part by part."""
 
     seq: SequenceNumber
     kind: Kind
     vm: Annotated[str, msgspec.Meta(max_length=36)] = ""
     position: Count = 0
+    part: Count = 0
 
 
 class AskFile(Struct, frozen=True, tag="file"):
@@ -73,6 +76,14 @@ class Answer(Struct, frozen=True, tag="answer"):
     cost_ns: Count
 
 
+class Hint(Struct, frozen=True, tag="hint"):
+    """Something happened that a reading of this component may show: read it soon. Sent unasked, at most
+    every 10 ms for each component. Nothing is ever trusted because no hint came."""
+
+    kind: Kind
+    vm: Annotated[str, msgspec.Meta(max_length=36)] = ""
+
+
 class SurveyPart(Struct, frozen=True, tag="survey"):
     """Some surveyed files: path → SHA-256."""
 
@@ -81,4 +92,4 @@ class SurveyPart(Struct, frozen=True, tag="survey"):
     done: bool
 
 
-Response = Hello | Answer | SurveyPart
+Response = Hello | Answer | SurveyPart | Hint

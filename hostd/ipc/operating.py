@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from hostd.core.readings import Count, Struct
+from hostd.core.reading_types import Count, Struct
 from hostd.ipc.serving import Seq
 
 TenantName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")]

@@ -19,7 +19,7 @@ from typing import Annotated
 
 import msgspec
 
-from hostd.core.readings import Count, Name, Struct
+from hostd.core.reading_types import Count, Name, Struct
 from hostd.ipc.operations import Operation
 
 MAX_CALL_BYTES = 256 << 10

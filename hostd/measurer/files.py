@@ -29,7 +29,8 @@ import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from hostd.core.readings import MAX_ALTERED, WINDOW_BYTES, AlteredPage, FileIdentity, FilesReading, Segment
+from hostd.core.reading_types import WINDOW_BYTES
+from hostd.core.readings import MAX_ALTERED, AlteredPage, FileIdentity, FilesReading, Segment
 from hostd.measurer.elf import ALL_CONSTANT, HEADER_BYTES, Layout, MalformedElfError, parse_layout
 from hostd.platform.pages import PAGE, OwnMapping, OwnPages, whole_pages
 from hostd.platform.procfs import ProcessGoneError, parse_maps

@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING
 from hostd.core.findings import Kind
 from hostd.core.readings import Missing
 from hostd.ipc.measuring import Ask, AskFile, AskWho
+from hostd.measurer.boot import BootProbe
+from hostd.measurer.domain import DomainProbe
 from hostd.measurer.files import Registry, TooMuchError
 from hostd.measurer.guests import Guest, GuestsProbe
 from hostd.measurer.ima import ImaProbe
+from hostd.measurer.itself import SelfProbe
+from hostd.measurer.kernel import KernelProbe
 from hostd.measurer.posture import PostureError, PostureProbe
 from hostd.measurer.process import ProcessProbe
+from hostd.measurer.relro import RelroProbe
 from hostd.measurer.tags import Tagger
 from hostd.platform.pages import OwnPages
 from hostd.platform.procfs import MalformedProcError, ProcessGoneError
@@ -40,6 +45,11 @@ class Measurer:
         self.processes = ProcessProbe(self.registry, pages)
         self._posture = PostureProbe()
         self._ima = ImaProbe()
+        self._boot = BootProbe()
+        self._kernel = KernelProbe(config)
+        self._relro = RelroProbe(self.registry, pages)
+        self._domain = DomainProbe(self.guests)
+        self._self = SelfProbe(config, self.registry, self.processes)
         self.guests.look()
 
     def answer(self, request: Ask | AskFile | AskWho) -> Reading:
@@ -58,13 +68,25 @@ class Measurer:
                     return self._read_files()
                 case Ask(kind=Kind.PROCESS):
                     return self._read_process(self._named(vm=request.vm))
+                case Ask(kind=Kind.BOOT):
+                    return self._boot.read(request.position)
+                case Ask(kind=Kind.KERNEL):
+                    return self._kernel.read(request.part)
+                case Ask(kind=Kind.RELRO):
+                    guest = self._named(vm=request.vm)
+                    return self._relro.read(guest.hypervisor, guest.found.handle)
+                case Ask(kind=Kind.DOMAIN):
+                    return self._domain.read(self._named(vm=request.vm).hypervisor)
+                case Ask(kind=Kind.SELF):
+                    return self._self.read()
                 case AskFile():
                     return self._identify(request.file)
                 case AskWho():
                     return self._who(request)
+                case _:
+                    return Missing(f"{request.kind} is not read here", absent=False)
         except (ProcessGoneError, MalformedProcError, TooMuchError, PostureError, OSError) as error:
             return Missing(str(error)[:512], absent=False)
-        return Missing(f"{request.kind} is not read here", absent=False)
 
     def _forget(self) -> None:
         alive = self.guests.alive()
@@ -110,9 +132,10 @@ class Measurer:
             return Missing(str(error)[:512], absent=False)
 
     def close(self) -> None:
+        for probe in (self._ima, self._boot, self._kernel, self._relro, self._domain, self._self):
+            probe.close()
         self.guests.close()
         self.registry.close()
-        self._ima.close()
 
 
 def _only(matching: list[Guest], what: str) -> Guest:

@@ -26,12 +26,12 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from hostd.core.reading_types import WINDOW_BYTES
 from hostd.core.readings import (
     EXEC,
     MAX_ALTERED,
     MAX_MAPPINGS,
     READ,
-    WINDOW_BYTES,
     AlteredPage,
     Hypervisor,
     Mapping,

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 
 import hostd
 from guestlib.attest.evidence import HostIdentity, ImaPosition, LedgerHead, Statement, Status, TpmIdentity
-from hostd.core.findings import IMA, Kind
+from hostd.core.findings import IMA, VM_KINDS
 
 if TYPE_CHECKING:
     from hostd.core.callers import Caller
@@ -63,7 +63,7 @@ def claims_for(caller: Caller, gate: Gate) -> dict[str, Status]:
         kind = component.kind.value
         claims[kind] = max(claims.get(kind, Status.VERIFIED), status, key=order.index)
     for component in latched:
-        if component.kind is not Kind.PROCESS:
+        if component.kind not in VM_KINDS:
             claims[component.kind.value] = Status.DRIFTED
     return claims
 
@@ -98,7 +98,5 @@ def statement_for(
         reference=reference,
         gate_open=gate.shut is None and gate.latched_for(caller) is None,
         ledger=LedgerHead(ledger.size, ledger.tree.root()),
-        findings=sum(
-            len(f) for c, f in gate.latched.items() if c.kind is not Kind.PROCESS or c.vm == caller.vm
-        ),
+        findings=sum(len(f) for c, f in gate.latched.items() if c.kind not in VM_KINDS or c.vm == caller.vm),
     )

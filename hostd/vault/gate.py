@@ -27,16 +27,19 @@ from guestlib.errors import (
     UnavailableError,
 )
 from hostd.core.findings import (
+    BOOT,
     FILES,
     GUESTS,
     IMA,
+    KERNEL,
     POSTURE,
+    SELF,
+    VM_KINDS,
     Component,
     Finding,
     Kind,
     Status,
     Verdict,
-    process_of,
 )
 from hostd.vault.waiting import Pass, Refused, Stamp, Waiting
 
@@ -49,7 +52,10 @@ if TYPE_CHECKING:
 MAX_OBSERVERS_PER_CALLER = 16
 PENDING_PAUSE_NS = 10_000_000
 """A pending component is not read again before 10 ms are over."""
-HOST_COMPONENTS = frozenset({GUESTS, POSTURE, IMA, FILES})
+HOST_COMPONENTS = frozenset({GUESTS, BOOT, POSTURE, IMA, KERNEL, FILES, SELF})
+STANDING = frozenset({Kind.DOMAIN})
+"""Kinds that change by events of their own and are read in turn and on hints: a request rests on the
+latest reading of its VM's process, whenever that started, instead of on one of its own."""
 
 
 @dataclass(slots=True)
@@ -62,7 +68,7 @@ class Gate:
     """State of measurement and the requests that wait for it."""
 
     def __init__(
-        self, *, require: frozenset[Component], host_scope: bool, waiting_per_caller: int, batch: int
+        self, *, require: frozenset[Kind], host_scope: bool, waiting_per_caller: int, batch: int
     ) -> None:
         self._require = require
         self._host_scope = host_scope
@@ -85,23 +91,28 @@ class Gate:
     def needs(self, caller: Caller) -> frozenset[Component]:
         """The host's components; for a VM its own process; for a host-local caller every VM's."""
         if caller.vm:
-            return HOST_COMPONENTS | {process_of(caller.vm)}
+            return HOST_COMPONENTS | _of_vm(caller.vm)
         if caller.officer:
             return HOST_COMPONENTS
-        return HOST_COMPONENTS | {process_of(vm) for vm in self._hypervisors}
+        return self._all()
+
+    def _all(self) -> frozenset[Component]:
+        return HOST_COMPONENTS.union(*map(_of_vm, self._hypervisors))
 
     def acceptable(self, component: Component, status: Status) -> bool:
         """Whether a reading so judged is enough. Absent is, only where it is not required."""
         if status is Status.VERIFIED:
             return True
         return (
-            status is Status.ABSENT and component.kind is not Kind.PROCESS and component not in self._require
+            status is Status.ABSENT
+            and component.kind is not Kind.PROCESS
+            and component.kind not in self._require
         )
 
     def latched_for(self, caller: Caller) -> Component | None:
         """A drifted component that closes the gate to this caller until an officer clears it."""
         for component in self._latched:
-            if component.kind is not Kind.PROCESS or self._host_scope:
+            if component.kind not in VM_KINDS or self._host_scope:
                 return component
             if component.vm == caller.vm or not (caller.vm or caller.officer):
                 return component
@@ -145,7 +156,7 @@ class Gate:
         stamp = self._stamps.get(component)
         return (
             stamp is not None
-            and stamp.started >= request.arrived
+            and (component.kind in STANDING or stamp.started >= request.arrived)
             and self.acceptable(component, stamp.status)
         )
 
@@ -253,7 +264,11 @@ class Gate:
 
     def _seen(self, observer: Waiting, component: Component) -> bool:
         stamp = self._stamps.get(component)
-        return stamp is not None and stamp.started >= observer.arrived and stamp.status is not Status.PENDING
+        return (
+            stamp is not None
+            and (component.kind in STANDING or stamp.started >= observer.arrived)
+            and stamp.status is not Status.PENDING
+        )
 
     # ── Readings ──────────────────────────────────────────────────────────────────────────────────
 
@@ -274,7 +289,7 @@ class Gate:
         """What a process that is pending may be waiting for, unless it was read since: the shared files
         (what it has mapped meanwhile) and the list of machines (it ended, or was started again)."""
         stamp = self._stamps.get(component)
-        if component.kind is not Kind.PROCESS or stamp is None or stamp.status is not Status.PENDING:
+        if component.kind not in VM_KINDS or stamp is None or stamp.status is not Status.PENDING:
             return set()
         return {
             c for c in (FILES, GUESTS) if (s := self._stamps.get(c)) is None or s.started <= stamp.started
@@ -283,7 +298,7 @@ class Gate:
     def stale(self, now: int, sweep: int, busy: frozenset[Component]) -> Component | None:
         """The sweep's next: a component, any VM's included, not asked for since `sweep` nanoseconds,
         or since a sixteenth of that if it was pending (a VM that starts is soon known)."""
-        known = HOST_COMPONENTS | {process_of(vm) for vm in self._hypervisors}
+        known = self._all()
         due = [
             (self._asked.get(c, -1), c)
             for c in known - busy
@@ -306,11 +321,17 @@ class Gate:
     def asked(self, component: Component, now: int) -> None:
         self._asked[component] = now
 
+    def hint(self, component: Component) -> None:
+        """Something may have happened to the component: it is the sweep's next."""
+        if component in self._all():
+            self._asked.pop(component, None)
+
     def guests(self, hypervisors: Iterable[Hypervisor]) -> None:
         """Takes note of which VM is which process, from a judged reading of `guests`."""
-        self._hypervisors = {h.vm: h for h in hypervisors}
-        known = {process_of(vm) for vm in self._hypervisors}
-        for component in [c for c in self._stamps if c.kind is Kind.PROCESS and c not in known]:
+        before, self._hypervisors = self._hypervisors, {h.vm: h for h in hypervisors}
+        gone = {vm for vm, h in before.items() if _process(self._hypervisors.get(vm)) != _process(h)}
+        gone |= {c.vm for c in self._stamps if c.vm and c.vm not in self._hypervisors}
+        for component in [c for c in self._stamps if c.vm in gone]:
             del self._stamps[component]
             self._asked.pop(component, None)
 
@@ -368,4 +389,12 @@ class Gate:
 
     def host_drifted(self) -> bool:
         """Whether a drift closes the gate for all: keys must leave memory."""
-        return any(c.kind is not Kind.PROCESS or self._host_scope for c in self._latched)
+        return any(c.kind not in VM_KINDS or self._host_scope for c in self._latched)
+
+
+def _of_vm(vm: str) -> frozenset[Component]:
+    return frozenset(Component(kind, vm) for kind in VM_KINDS)
+
+
+def _process(hypervisor: Hypervisor | None) -> tuple[int, int] | None:
+    return None if hypervisor is None else (hypervisor.pid, hypervisor.start_time)

@@ -15,6 +15,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
 from hostd.core.findings import Component, Kind, Status, Verdict
+from hostd.core.reading_boot import BootReading
+from hostd.core.reading_domain import DomainReading
+from hostd.core.reading_kernel import KernelReading
+from hostd.core.reading_relro import RelroReading
+from hostd.core.reading_self import SelfReading
 from hostd.core.readings import (
     FileIdentity,
     FilesReading,
@@ -43,6 +48,8 @@ MAX_SURVEYED: Final = 500_000
 """Files of one survey; a Debian host has some 15,000."""
 MAX_OPEN: Final = 6
 """Asks with the measurer at once (it cuts off whoever has more than eight)."""
+MAX_PARTS: Final = 256
+"""Of one reading of the kernel."""
 MAX_IDENTIFY: Final = 1
 """Files identified at once: hashing a large one holds up every reading behind it."""
 IDENTIFY_DEADLINE_S: Final = 60.0
@@ -55,6 +62,11 @@ EXPECTED: Final[dict[Kind, type]] = {
     Kind.IMA: ImaReading,
     Kind.FILES: FilesReading,
     Kind.PROCESS: ProcessReading,
+    Kind.BOOT: BootReading,
+    Kind.KERNEL: KernelReading,
+    Kind.RELRO: RelroReading,
+    Kind.DOMAIN: DomainReading,
+    Kind.SELF: SelfReading,
 }
 
 
@@ -69,6 +81,8 @@ class Listener(Protocol):
         self, verdict: Verdict, reading: Reading, started: int, ended: int, cost_ns: int
     ) -> None: ...
 
+    def on_hint(self, component: Component) -> None: ...
+
 
 @dataclass(slots=True)
 class _Asked:
@@ -78,6 +92,9 @@ class _Asked:
     within_s: float
     component: Component | None = None
     file: int = -1
+    part: int = 0
+    cost_ns: int = 0
+    """Of the parts before this one."""
     raw: Callable[[Reading], None] | None = None
     survey: Callable[[dict[str, bytes] | None], None] | None = None
     surveyed: dict[str, bytes] = field(default_factory=dict)
@@ -217,13 +234,23 @@ class Measuring:
     def has_room(self) -> bool:
         return self.ready and self.appraiser is not None and len(self.busy) < MAX_READINGS
 
-    def ask(self, component: Component, *, started: int | None = None) -> None:
-        """Asks for one reading of a component. `started` is set when a reading goes on."""
-        asked = self._next(self._deadline_s, started=started)
+    def ask(self, component: Component) -> None:
+        """Asks for one reading of a component."""
+        self._ask(component, self._next(self._deadline_s))
+
+    def _go_on(self, before: _Asked, component: Component, *, part: int = 0, cost_ns: int = 0) -> None:
+        """Asks for more of a reading that is not complete; it started when its first part was asked for."""
+        asked = self._next(self._deadline_s, started=before.started)
+        asked.part, asked.cost_ns = part, cost_ns
+        self._ask(component, asked)
+
+    def _ask(self, component: Component, asked: _Asked) -> None:
         asked.component = component
         judge = self.appraiser
-        position = judge.ima.position if judge is not None and component.kind is Kind.IMA else 0
-        self._send(asked, measuring.Ask(asked.seq, component.kind, component.vm, position))
+        position = 0
+        if judge is not None and component.kind in (Kind.IMA, Kind.BOOT):
+            position = judge.ima.position if component.kind is Kind.IMA else judge.boot.position
+        self._send(asked, measuring.Ask(asked.seq, component.kind, component.vm, position, asked.part))
 
     def who(self, cid: int, pid: int, told: Callable[[Reading], None]) -> None:
         """Which hypervisor process is at the other end of a channel."""
@@ -294,8 +321,11 @@ class Measuring:
             self.ima_log.clear()
             self._listener.measurer_ready()
             return
-        asked = self._asked.get(record.seq)
-        if not self._greeted or asked is None:
+        if isinstance(record, measuring.Hint) and self._greeted:
+            self._listener.on_hint(Component(record.kind, record.vm))
+            return
+        asked = None if isinstance(record, measuring.Hint) else self._asked.get(record.seq)
+        if not self._greeted or asked is None or isinstance(record, measuring.Hint):
             self._lose("the measurer answered what was not asked")
         elif isinstance(record, measuring.SurveyPart):
             self._on_survey(asked, record)
@@ -335,7 +365,7 @@ class Measuring:
             return
         if self.appraiser is None:
             return
-        if component.kind is Kind.IMA and not self._log_attested:
+        if component.kind in (Kind.IMA, Kind.BOOT) and not self._log_attested:
             reading = Missing(reason="the kernel does not extend this TPM", absent=True)
         verdict = self.appraiser.appraise(component, reading)
         if isinstance(reading, ImaReading) and reading.offset == len(self.ima_log):
@@ -344,8 +374,16 @@ class Measuring:
                 self._lose(f"the IMA log is over {MAX_LOG_BYTES} bytes")
                 return
         if isinstance(reading, ImaReading) and reading.more and verdict.status is not Status.DRIFTED:
-            self.ask(component, started=asked.started)
+            self._go_on(asked, component)
             return
+        cost_ns += asked.cost_ns
+        if isinstance(reading, KernelReading) and verdict.status is not Status.DRIFTED:
+            if reading.part != asked.part or reading.parts > MAX_PARTS:
+                self._lose("the measurer answered what was not asked")
+                return
+            if reading.part + 1 < reading.parts:
+                self._go_on(asked, component, part=reading.part + 1, cost_ns=cost_ns)
+                return
         # What a drifted component has mapped besides is nobody's concern until an officer has been there.
         if verdict.identify and verdict.status is not Status.DRIFTED:
             known = {a.file for a in self._asked.values()} | set(self._to_identify)

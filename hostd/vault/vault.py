@@ -73,7 +73,7 @@ class Vault:
             "measurer": "the measurer is not connected",
         }
         self.gate = Gate(
-            require=frozenset(Component(Kind(k)) for k in config.measure.require),
+            require=frozenset(map(Kind, config.measure.require)),
             host_scope=config.drift.scope == "host",
             waiting_per_caller=config.gate.waiting_per_caller,
             batch=config.gate.batch,
@@ -229,6 +229,10 @@ class Vault:
                 self.counters.count(
                     "hostd_findings_total", kind=kind, code=finding.code, severity=finding.severity
                 )
+        self.kick()
+
+    def on_hint(self, component: Component) -> None:
+        self.gate.hint(component)
         self.kick()
 
     def _refuse(self, refused: list[Refused]) -> None:

@@ -86,6 +86,8 @@ class Appraiser:
             case Kind.GUESTS, GuestsReading():
                 return self._guests(reading)
             case Kind.POSTURE, PostureReading():
+                if self.reference.posture is None:
+                    return Verdict(component, Status.ABSENT, claims=(("reference", "none"),))
                 return appraise_posture(reading, self.reference.posture)
             case Kind.IMA, ImaReading():
                 return self.ima.appraise(reading, self.reference)

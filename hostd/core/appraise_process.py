@@ -12,6 +12,7 @@ A file not known yet makes the process PENDING and is asked for. A process that 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from hostd.core.codes import Code
@@ -168,11 +169,13 @@ class _Judge:
             return
         self._named.add(number)
         expected = self._reference.expected(path)
+        retired = self._reference.retired(path, digest)
+        code = Code.FILE_UNAPPROVED if expected else Code.FILE_UNKNOWN
         self._add(
-            Code.FILE_UNAPPROVED if expected else Code.FILE_UNKNOWN,
+            code if retired is None else Code.FILE_RETIRED,
             f"{self._subject}: {path}",
             "SHA-256 " + " or ".join(expected) if expected else "no such file",
-            f"SHA-256 {digest}",
+            f"SHA-256 {digest}{'' if retired is None else f', retired on {_date(retired)}'}",
         )
 
     def _covered(self, mapping: Mapping, number: int, size: int) -> bool:
@@ -218,6 +221,10 @@ class _Judge:
             self._found.append(
                 Finding(str(self._component), code.value, Severity.CRITICAL, subject, expected, seen, where)
             )
+
+
+def _date(unix: int) -> str:
+    return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _plain(path: str) -> str:

@@ -26,6 +26,8 @@ class Code(enum.StrEnum):
     """A process maps a file whose digest is none of the reference values of its path."""
     FILE_UNREADABLE = "file-unreadable"
     """A process maps something as code that cannot be measured (a device, a file over the bound)."""
+    FILE_RETIRED = "file-retired"
+    """A process maps a file whose digest was accepted until a date that has passed."""
     FILE_ALTERED = "file-altered"
     """The content of a mapped file is not what it was when it was identified."""
 

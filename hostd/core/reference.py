@@ -1,103 +1,148 @@
-"""Reference values: what a reviewed host looked like, as one versioned document (pure).
+"""Reference values: what good looks like, as one versioned document that officers sign (pure).
 
 A document is canonical JSON (keys sorted, no spaces, digests sorted): bytes that do not encode back to
 themselves are refused, so that its digest, SHA-256 over those bytes, identifies it. Paths are as the
-kernel names files (`d_path`). A path may have several digests: the version that runs, and an approved
-next one.
+kernel names files (`d_path`).
 
-`build_baseline` takes what the measurer read of a host; an officer reviews and approves the result.
-Nothing here is trusted because it parses.
+A file's digest goes through three stages: `next` (approved, not yet seen), `files` (in use), and `retire`
+(a time from which it is accepted no more). `at` gives the document as it is in force at a moment; judges
+get that. Nothing here is trusted because it parses: who signed it is `guestlib.attest.sshsig`'s question.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
-from hostd.core.reading_types import Name
+from hostd.core.reading_types import Label, Name
+from hostd.core.rule_boot import BootRule
+from hostd.core.rule_kernel import KernelRule
+from hostd.core.rule_part import Hex256, Part
+from hostd.core.rule_posture import PostureRule
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from guestlib.attest.imalog import Entry
-    from hostd.core.readings import FileIdentity, PostureReading
-
-FORMAT: Final = "hostd-reference/1"
-MAX_REFERENCE_BYTES: Final = 128 << 20
-"""A million files; a Debian host has some 15,000."""
+FORMAT: Final = "hostd-reference/2"
+OLD_FORMAT: Final = b'"format":"hostd-reference/1"'
+MAX_REFERENCE_BYTES: Final = 16 << 20
+"""Some 120,000 files; a Debian host has 15,000 and 2-3 MB."""
 DELETED: Final = " (deleted)"
 """What the kernel appends to the path of a file that was removed or replaced."""
 
-Hex256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9:_-]{1,32}:([0-9a-f]{2}){1,64}\Z")]
 """`sha256:<hex>`, with the algorithm as IMA names it."""
 Version = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
-Switch = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+UnixTime = Annotated[int, msgspec.Meta(ge=0, le=253_402_300_799)]
+"""Seconds; up to the year 9999, so that each is a date."""
+Origin = Literal["deb-archive", "deb", "installed", "files", "host", "keylime"]
+"""How digests were obtained: `deb-archive`, a .deb whose SHA-256 apt's verified lists have; `deb`, another
+.deb; `installed`, installed files that agree with dpkg's own sums; `files`, files given by hand; `host`, a
+running host as it was; `keylime`, another system's policy."""
 
 
 class MalformedReferenceError(Exception):
     """The bytes are not a reference document in its one form."""
 
 
-class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of the document's parts."""
+class Source(Part, frozen=True):
+    """Where digests came from, for whoever reviews or audits the document."""
+
+    name: Label
+    """Package, file or host."""
+    how: Origin
+    version: Label = ""
+    architecture: Label = ""
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
+    """Of the .deb or the imported file."""
 
 
-class PostureRule(_Part, frozen=True):
-    """Posture of the reviewed host. The kernel and its command line must be equal; everything else must
-    be at least as strict. None: the reviewed host did not say, so anything is."""
-
-    kernel: str
-    command_line: str
-    taint: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-    lockdown: Literal["", "none", "integrity", "confidentiality"]
-    modules: tuple[str, ...]
-    modules_disabled: Switch | None
-    signature_enforced: bool | None
-    kexec_load_disabled: Switch | None
-    ptrace_scope: Switch | None
-    kprobes: Annotated[int, msgspec.Meta(ge=-1, le=2**31)]
-    """-1: they could not be listed."""
-
-
-class Reference(_Part, frozen=True):
+class Reference(Part, frozen=True):
     """One reference document.
 
     Raises:
         ValueError: a list is not sorted, or a path has no digest.
     """
 
-    format: Literal["hostd-reference/1"]
+    format: Literal["hostd-reference/2"]
     version: Version
-    created: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-    """Unix time, seconds."""
+    """Grows with every document that comes into force."""
+    created: UnixTime
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-    posture: PostureRule
-    files: dict[Name, tuple[Hex256, ...]]
+    previous: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
+    """Digest of the document that this one was made from; it only follows that one. Empty: none."""
+    files: dict[Name, tuple[Hex256, ...]] = msgspec.field(default_factory=dict)
     """Path → SHA-256 of the whole file."""
-    ima: dict[Name, tuple[Digest, ...]]
+    next: dict[Name, tuple[Hex256, ...]] = msgspec.field(default_factory=dict)
+    """Path → digests approved and not yet seen. Accepted like those of `files`."""
+    retire: dict[Name, dict[Hex256, UnixTime]] = msgspec.field(default_factory=dict)
+    """Path → digest → time from which it is not accepted any more."""
+    ima: dict[Name, tuple[Digest, ...]] = msgspec.field(default_factory=dict)
     """Path → digests that the kernel's log may show besides those of `files`: of files inside the
     initramfs, say, or in another algorithm."""
+    sources: tuple[Source, ...] = ()
+    posture: PostureRule | None = None
+    boot: BootRule | None = None
+    kernel: KernelRule | None = None
+    """None, here and above: there are no reference values, and the component is absent."""
 
     def __post_init__(self) -> None:
-        lists = [("modules", self.posture.modules), *self.files.items(), *self.ima.items()]
+        lists = [*self.files.items(), *self.next.items(), *self.ima.items()]
+        if self.posture is not None:
+            lists.append(("modules", self.posture.modules))
         for name, values in lists:
             if any(a >= b for a, b in itertools.pairwise(values)):
                 raise ValueError(f"{name}: not sorted, or a value twice")
-        for path, digests in (*self.files.items(), *self.ima.items()):
+        for path, digests in (*self.files.items(), *self.next.items(), *self.ima.items()):
             if not digests:
                 raise ValueError(f"{path}: no digest")
+        for path, times in self.retire.items():
+            if not times:
+                raise ValueError(f"{path}: nothing to retire")
 
     def expected(self, path: str) -> tuple[str, ...]:
         """Digests accepted for a mapped file, by the path the kernel gives; empty if there are none."""
-        return self.files.get(path) or self.files.get(path.removesuffix(DELETED)) or ()
+        return self._accepted(path) or self._accepted(path.removesuffix(DELETED))
+
+    def _accepted(self, path: str) -> tuple[str, ...]:
+        known, coming = self.files.get(path, ()), self.next.get(path)
+        return known if coming is None else tuple(sorted({*known, *coming}))
+
+    def retired(self, path: str, digest: str) -> int | None:
+        """Since when a digest that was accepted for a mapped file is not (unix time); None if it never
+        was, or still is."""
+        if digest in self.expected(path):
+            return None
+        times = self.retire.get(path) or self.retire.get(path.removesuffix(DELETED)) or {}
+        return times.get(digest)
 
     def measured(self, path: str) -> tuple[str, ...]:
-        """Digests accepted in the kernel's measurement log, as `algorithm:hex`."""
-        return (*(f"sha256:{digest}" for digest in self.files.get(path, ())), *self.ima.get(path, ()))
+        """Digests accepted in the kernel's measurement log, as `algorithm:hex`.
+
+        A retired digest is one of them as long as the document names it: the log is of the past, and
+        tells what ran while it was still accepted.
+        """
+        digests = {*self._accepted(path), *self.retire.get(path, ())}
+        return (*(f"sha256:{digest}" for digest in sorted(digests)), *self.ima.get(path, ()))
+
+    def at(self, now: int) -> Reference:
+        """The document as it is in force at `now` (unix time): without what is retired by then."""
+        due = {
+            path: {digest for digest, when in times.items() if when <= now}
+            for path, times in self.retire.items()
+        }
+        if not any(due.values()):
+            return self
+        return msgspec.structs.replace(self, files=_without(self.files, due), next=_without(self.next, due))
+
+    def next_change(self, now: int) -> int | None:
+        """The next time after `now` at which a digest retires; None if none does."""
+        return min((when for t in self.retire.values() for when in t.values() if when > now), default=None)
+
+
+def _without(digests: dict[str, tuple[str, ...]], due: dict[str, set[str]]) -> dict[str, tuple[str, ...]]:
+    left = {path: tuple(d for d in values if d not in due.get(path, ())) for path, values in digests.items()}
+    return {path: values for path, values in left.items() if values}
 
 
 _decoder: Final = msgspec.json.Decoder(Reference)
@@ -119,6 +164,9 @@ def parse_reference(data: bytes) -> Reference:
     try:
         reference = _decoder.decode(data)
     except (ValueError, RecursionError) as error:
+        if OLD_FORMAT in data:
+            text = "hostd-reference/1 is no longer read: make a new one with `hostctl manifest from-host`"
+            raise MalformedReferenceError(text) from None
         raise MalformedReferenceError(str(error)) from None
     if encode_reference(reference) != data:
         raise MalformedReferenceError("not in canonical form")
@@ -128,63 +176,3 @@ def parse_reference(data: bytes) -> Reference:
 def reference_digest(reference: Reference) -> bytes:
     """SHA-256 over the canonical bytes: the document's identity."""
     return hashlib.sha256(encode_reference(reference)).digest()
-
-
-def build_baseline(
-    *,
-    version: int,
-    created: int,
-    host: str,
-    posture: PostureReading,
-    files: Iterable[FileIdentity],
-    survey: Mapping[str, bytes],
-    log: Iterable[Entry],
-) -> Reference:
-    """A document that accepts the host as it is now, for an officer to review.
-
-    `files` are identities of what hypervisor processes map, `survey` digests of what is on disk (path →
-    SHA-256, 32 bytes), `log` the kernel's measurements so far. Violations are not made acceptable.
-
-    Raises:
-        ValueError: a value is out of the document's bounds.
-    """
-    digests: dict[str, set[str]] = {}
-    for path, digest in survey.items():
-        digests.setdefault(path, set()).add(digest.hex())
-    for identity in files:
-        digests.setdefault(identity.path.removesuffix(DELETED), set()).add(identity.sha256.hex())
-    measured: dict[str, set[str]] = {}
-    for entry in log:
-        known = entry.algorithm == "sha256" and entry.digest.hex() in digests.get(entry.path, ())
-        if entry.path and entry.digest and not entry.violation and not known:
-            measured.setdefault(entry.path, set()).add(entry.content)
-    reference = Reference(
-        format="hostd-reference/1",
-        version=version,
-        created=created,
-        host=host,
-        posture=_rule(posture),
-        files={path: tuple(sorted(values)) for path, values in digests.items()},
-        ima={path: tuple(sorted(values)) for path, values in measured.items()},
-    )
-    try:
-        return parse_reference(encode_reference(reference))
-    except MalformedReferenceError as error:
-        raise ValueError(str(error)) from error
-
-
-def _rule(posture: PostureReading) -> PostureRule:
-    if posture.lockdown not in ("", "none", "integrity", "confidentiality"):
-        raise ValueError(f"unknown lockdown mode {posture.lockdown!r}")
-    return PostureRule(
-        kernel=posture.kernel,
-        command_line=posture.command_line,
-        taint=posture.taint,
-        lockdown=posture.lockdown,  # type: ignore[arg-type]
-        modules=tuple(sorted(set(posture.modules))),
-        modules_disabled=posture.modules_disabled,
-        signature_enforced=posture.signature_enforced,
-        kexec_load_disabled=posture.kexec_load_disabled,
-        ptrace_scope=posture.ptrace_scope,
-        kprobes=posture.kprobes,
-    )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from guestlib.attest.imalog import MalformedLogError, parse_entries
 from guestlib.errors import HostdError, UnavailableError
 from hostd.core.findings import FILES, GUESTS, IMA, POSTURE, process_of
+from hostd.core.manifest import from_host
 from hostd.core.readings import (
     FileIdentity,
     FilesReading,
@@ -23,7 +24,7 @@ from hostd.core.readings import (
     PostureReading,
     Reading,
 )
-from hostd.core.reference import build_baseline, encode_reference
+from hostd.core.reference import encode_reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,8 +129,7 @@ class Capture:
         self._done = True
         self._timer.cancel()
         try:
-            reference = build_baseline(
-                version=1,
+            reference = from_host(
                 created=int(time.time()),
                 host=socket.gethostname() or "localhost",
                 posture=self._posture,

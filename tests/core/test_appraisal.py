@@ -9,6 +9,7 @@ from hostd.core.appraisal import Appraiser, Rules
 from hostd.core.appraise_ima import Accepted
 from hostd.core.codes import Code
 from hostd.core.findings import FILES, GUESTS, IMA, POSTURE, Finding, Status, Verdict, process_of
+from hostd.core.manifest import from_host
 from hostd.core.readings import (
     EXEC,
     READ,
@@ -21,7 +22,7 @@ from hostd.core.readings import (
     ProcessReading,
     Reading,
 )
-from hostd.core.reference import Reference, build_baseline
+from hostd.core.reference import Reference
 from tests.support.imalog import entry, framed
 from tests.support.readings import VDSO, VM, files, hypervisor, identity, mapping, posture, process, segment
 
@@ -32,7 +33,6 @@ BOOT_ID = "b" * 36
 
 def reference(**changes: object) -> Reference:
     values: dict[str, object] = {
-        "version": 1,
         "created": 1,
         "host": "h",
         "posture": posture(),
@@ -40,7 +40,7 @@ def reference(**changes: object) -> Reference:
         "survey": {},
         "log": parse_entries(entry("/usr/bin/ok", b"ok")),
     }
-    return build_baseline(**{**values, **changes})  # type: ignore[arg-type]
+    return from_host(**{**values, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from hostd.config import Config, Hypervisor
 from hostd.core.appraisal import Appraiser, Rules
 from hostd.core.findings import FILES, GUESTS, POSTURE, Finding, Kind, Status, Verdict, process_of
+from hostd.core.manifest import from_host
 from hostd.core.readings import FileIdentity, FilesReading, PostureReading, ProcessReading
-from hostd.core.reference import Reference, build_baseline
+from hostd.core.reference import Reference
 from hostd.ipc.measuring import Ask, AskFile
 from hostd.measurer.probes import Measurer
 
@@ -45,8 +46,7 @@ class Watched:
                     identities[mapping.file] = identity
         posture = self.measurer.answer(Ask(0, Kind.POSTURE))
         assert isinstance(posture, PostureReading)
-        reference = build_baseline(
-            version=1,
+        reference = from_host(
             created=1_700_000_000,
             host="host.test",
             posture=posture,

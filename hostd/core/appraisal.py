@@ -15,7 +15,7 @@ agree with. The same code judges in the vault and in a remote verifier.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from hostd.core.appraise_boot import BootJudge
@@ -46,6 +46,8 @@ from hostd.core.readings import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hostd.core.reference import Reference
 
 MAX_FINDINGS: Final = 64
@@ -60,6 +62,9 @@ class Rules:
     """Path prefixes whose IMA entries must be known. Empty protects every path."""
     accepted: Accepted | None = None
     """What an officer has accepted of the IMA log."""
+    pcrs: Mapping[int, bytes] = field(default_factory=dict)
+    """PCR values (SHA-256 bank, index → 32 bytes) that every quote is compared with. Empty: none is known,
+    and nothing that rests on them is verified."""
 
 
 class Appraiser:
@@ -71,7 +76,7 @@ class Appraiser:
         self.files = FileBook()
         self.ima = ImaLog(rules.protected or ("",), rules.accepted)
         self._processes = Processes(allow_jit=rules.allow_jit)
-        self.boot = BootJudge()
+        self.boot = BootJudge(rules.pcrs)
         self.kernel = KernelJudge()
         self._relro = RelroJudge()
         self._domains = DomainJudge()

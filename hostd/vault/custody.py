@@ -196,6 +196,7 @@ class Custody:
             allow_jit=self._config.hypervisor.allow_jit,
             protected=self._config.measure.protected,
             accepted=self._accepted,
+            pcrs=self._tpm.sealed_to,
         )
         return Appraiser(self.reference, rules)
 

@@ -123,16 +123,16 @@ def _guid_text(body: bytes) -> str:
     return f"{first:08x}-{second:04x}-{third:04x}-{body[8:10].hex()}-{body[10:].hex()}"
 
 
-def _words(data: bytes, *encodings: str) -> str:
-    """The data as text, if it is printable in one of the encodings; else empty."""
-    for encoding in encodings or ("utf-8", "utf-16-le"):
-        try:
-            text = data.decode(encoding).rstrip("\0")
-        except UnicodeDecodeError:
-            continue
-        if text and text.isprintable():
-            return text
-    return ""
+def _words(data: bytes, encoding: str = "") -> str:
+    """The data as text, if it is printable; else empty. Without `encoding` it is taken as UTF-16 if half
+    of its odd bytes are zero (nearly all that firmware says is ASCII), else as UTF-8."""
+    odd = data[1::2]
+    wide = len(data) % 2 == 0 and len(odd) > 0 and 2 * odd.count(0) > len(odd)
+    try:
+        text = data.decode(encoding or ("utf-16-le" if wide else "utf-8")).rstrip("\0")
+    except UnicodeDecodeError:
+        return ""
+    return text if text.isprintable() else ""
 
 
 def _hex(data: bytes) -> str:

@@ -127,9 +127,9 @@ class BootJudge:
             ("command line", command_line if agreement.agrees or not agreement.measured else "another"),
         ]
         found = self._mismatches(log)
-        if not found and rule is not None:
+        if not found and self._pcrs and rule is not None:
             for item in rule.pcrs:
-                found += self._unaccepted(item.pcr, log, rule)
+                found += self._unaccepted(item.pcr, log, rule) or _altered(item.pcr, log, rule)
         if agreement.measured and not agreement.agrees:
             event = agreement.measured[-1]
             found.append(
@@ -178,6 +178,26 @@ class BootJudge:
                 index, event = difference
                 expected, seen, where = _parted(row, index, event)
         return [_finding(Code.BOOT_PCR, f"PCR {pcr}", expected, seen, where)]
+
+
+def _altered(pcr: int, log: _Log, rule: BootRule) -> list[Finding]:
+    """Events whose digests are those of the reviewed host, and which say something else: nothing was
+    booted that should not be, and somebody altered the log."""
+    row = [item for item in rule.events if item.pcr == pcr]
+    events = [event for event in log.parsed.events if event.pcr == pcr and event.extends]
+    if [item.digest for item in row] != [event.digest.hex() for event in events]:
+        return []  # of another boot that is accepted too
+    return [
+        _finding(
+            Code.BOOT_MALFORMED,
+            f"PCR {pcr}",
+            f'{type_name(item.type)} "{item.text}"',
+            f'{type_name(event.type)} "{event.text}", which its digest does not cover',
+            f"event {event.number}",
+        )
+        for item, event in zip(row, events, strict=True)
+        if item.type != event.type or (item.covered and not event.covered)
+    ]
 
 
 def _parted(row: list[EventRule], index: int, event: BootEvent | None) -> tuple[str, str, str]:

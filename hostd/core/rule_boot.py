@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import itertools
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 
 from hostd.core.rule_part import Hex256, Part
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from guestlib.attest.eventlog import BootEvent
 
+MAX_EVENTS: Final = 1024
+"""A host with Secure Boot and GRUB has some 150."""
 Pcr = Annotated[int, msgspec.Meta(ge=0, le=23)]
 
 
@@ -31,6 +34,9 @@ class EventRule(Part, frozen=True):
     type: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
     digest: Hex256
     text: Annotated[str, msgspec.Meta(max_length=256)]
+    covered: bool
+    """The digest is the hash of what the event says. Firmware does so for some types of events and not for
+    others: where it did, it does."""
 
 
 class BootRule(Part, frozen=True):
@@ -41,7 +47,7 @@ class BootRule(Part, frozen=True):
     """
 
     pcrs: Annotated[tuple[PcrRule, ...], msgspec.Meta(min_length=1, max_length=24)]
-    events: Annotated[tuple[EventRule, ...], msgspec.Meta(max_length=1024)] = ()
+    events: Annotated[tuple[EventRule, ...], msgspec.Meta(max_length=MAX_EVENTS)] = ()
 
     def __post_init__(self) -> None:
         numbers = [rule.pcr for rule in self.pcrs]
@@ -57,7 +63,7 @@ class BootRule(Part, frozen=True):
 
 
 def propose_boot(
-    pcrs: Mapping[int, bytes], events: tuple[BootEvent, ...] = (), *, next_to: BootRule | None = None
+    pcrs: Mapping[int, bytes], events: Iterable[BootEvent] = (), *, next_to: BootRule | None = None
 ) -> BootRule:
     """A rule that accepts these PCR values (index → 32 bytes), for an officer to review.
 
@@ -69,8 +75,8 @@ def propose_boot(
     return BootRule(
         pcrs=tuple(PcrRule(pcr, tuple(sorted(values))) for pcr, values in sorted(accepted.items())),
         events=tuple(
-            EventRule(event.pcr, event.type, event.digest.hex(), event.text)
-            for event in events[:1024]
-            if event.pcr in pcrs
+            EventRule(event.pcr, event.type, event.digest.hex(), event.text, event.covered)
+            for event in itertools.islice(events, MAX_EVENTS)
+            if event.pcr in pcrs and event.extends
         ),
     )

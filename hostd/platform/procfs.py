@@ -21,6 +21,8 @@ from typing import Final, NamedTuple
 MAX_STAT_BYTES: Final = 4096
 MAX_MAPS_BYTES: Final = 16 << 20
 """65530 mappings (vm.max_map_count) of some 100 bytes, with room; over it the process is not read."""
+MAX_VMAS: Final = 65536
+"""vm.max_map_count allows 65530."""
 MAX_STATUS_BYTES: Final = 64 << 10
 MAX_COMMAND_LINE_BYTES: Final = 256 << 10
 """QEMU under libvirt has some 5 kB."""
@@ -176,8 +178,25 @@ class ProcessHandle:
             os.close(fd)
         raise MalformedProcError(f"{name}: over {limit} bytes")
 
+    def read_once(self, name: str, limit: int) -> bytes:
+        """An entry that the kernel writes as one record (`single_open` in fs/proc): one read gives it all.
+
+        Raises:
+            MalformedProcError: `limit` bytes or more.
+        """
+        fd = self.open(name)
+        try:
+            data = os.read(fd, limit)
+        except OSError as error:
+            raise _gone(error) from error
+        finally:
+            os.close(fd)
+        if len(data) == limit:
+            raise MalformedProcError(f"{name}: over {limit} bytes")
+        return data
+
     def stat(self) -> Stat:
-        return parse_stat(self.read("stat", MAX_STAT_BYTES))
+        return parse_stat(self.read_once("stat", MAX_STAT_BYTES))
 
     def link(self, name: str) -> str:
         """Target of a link, `exe` or `fd/3` say."""

@@ -57,7 +57,7 @@ class Code(enum.StrEnum):
     POSTURE_KEXEC = "posture-kexec"
     POSTURE_PTRACE = "posture-ptrace"
     POSTURE_KPROBES = "posture-kprobes"
-    """More kernel probes than in the baseline, or they cannot be listed any more."""
+    """A kernel probe that the baseline did not have."""
 
     BOOT_MALFORMED = "boot-malformed"
     """The boot event log is not one."""
@@ -70,8 +70,6 @@ class Code(enum.StrEnum):
     BOOT_COMMAND_LINE = "boot-command-line"
     """The kernel's command line is not the one that was measured at boot."""
 
-    POSTURE_PROBE = "posture-probe"
-    """A kernel probe that the baseline did not have."""
     POSTURE_FTRACE = "posture-ftrace"
     """A kernel function calls into a tracer, which in the baseline it did not."""
     POSTURE_TRACER = "posture-tracer"
@@ -91,3 +89,14 @@ class Code(enum.StrEnum):
 
     IMA_AGGREGATE = "ima-aggregate"
     """The log's first entry is not the digest of the PCRs that this host booted with."""
+
+    KERNEL_TEXT_ALTERED = "kernel-text-altered"
+    """Code of the kernel or a module is not that of its file, and no patch site explains it."""
+    KERNEL_RODATA_ALTERED = "kernel-rodata-altered"
+    """The same for constants, or for data that is read-only after boot."""
+    KERNEL_TABLE_ALTERED = "kernel-table-altered"
+    """A table of operations leads elsewhere than it should."""
+    KERNEL_UNAPPROVED = "kernel-unapproved"
+    """The kernel or a module runs from a file that is no reference value, or from no file that is there."""
+    KERNEL_PATCHED = "kernel-patched"
+    """Boot chose other alternatives than the reference values accept: another processor, or mitigations."""

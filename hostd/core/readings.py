@@ -18,6 +18,7 @@ import msgspec
 from hostd.core.reading_boot import BootReading
 from hostd.core.reading_domain import DomainReading
 from hostd.core.reading_kernel import KernelReading
+from hostd.core.reading_posture import PostureReading as PostureReading
 from hostd.core.reading_relro import RelroReading
 from hostd.core.reading_self import SelfReading
 from hostd.core.reading_types import Address, Count, Label, Name, Sha256, Struct, Tag, Window
@@ -56,23 +57,6 @@ class GuestsReading(Struct, frozen=True, tag="guests"):
 
     hypervisors: Annotated[tuple[Hypervisor, ...], msgspec.Meta(max_length=MAX_HYPERVISORS)]
     unknown: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
-
-
-class PostureReading(Struct, frozen=True, tag="posture"):
-    """What the kernel allows. `None` and empty: this kernel does not say."""
-
-    kernel: Annotated[str, msgspec.Meta(max_length=256)]
-    """`uname -r` and `-v`."""
-    command_line: Name
-    taint: Count
-    lockdown: Annotated[str, msgspec.Meta(max_length=32)]
-    modules: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=2048)]
-    modules_disabled: int | None
-    signature_enforced: bool | None
-    kexec_load_disabled: int | None
-    ptrace_scope: int | None
-    kprobes: int
-    """Number of active kernel probes (/sys/kernel/debug/kprobes/list); -1 if it cannot be read."""
 
 
 class ImaReading(Struct, frozen=True, tag="ima"):

@@ -1,37 +1,59 @@
-"""What the running kernel allows: taint, modules, lockdown and the like, from /proc and /sys.
+"""What the running kernel allows and what hooks are in it, from /proc, /sys, bpf(2) and the CPUs.
 
 What this kernel does not have is None (or empty); what it has and does not let us read is an error, so
-that the two are never the same. Sources: Documentation/admin-guide/sysctl/kernel.rst, tainted-kernels.rst,
-kernel_lockdown(7).
+that the two are never the same. Kernel probes, tracing and BPF are the exception: a lockdown mode that
+hides them from us is None too, and the judge knows whether they could be read before. Sources:
+Documentation/admin-guide/sysctl/kernel.rst, tainted-kernels.rst, kernel_lockdown(7).
 
-Needs CAP_SYS_ADMIN or DAC override for the list of kernel probes (debugfs); the rest is open to all.
+Needs CAP_SYS_ADMIN for bpf(2), CAP_SYS_RAWIO and CAP_SYSLOG for the CPUs' registers, CAP_DAC_READ_SEARCH
+for tracefs where it is not root's own; the rest is open to all.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from pathlib import Path
 from typing import Final
 
-from hostd.core.readings import PostureReading
+from hostd.core.reading_posture import (
+    MAX_MODULES,
+    MAX_PARAMETERS,
+    MAX_PROGRAMS,
+    BpfProgram,
+    PostureReading,
+)
+from hostd.measurer.posture_files import KeptFile, Parameters
+from hostd.measurer.posture_files import PostureError as PostureError
+from hostd.measurer.posture_hooks import Entries, probe_names, traced_names
+from hostd.platform.bpf import Programs, TooManyProgramsError
 
-MAX_BYTES: Final = 1 << 20
-MAX_MODULES: Final = 2048
-_MISSING: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV})
+MODULES: Final = ("kvm", "kvm_amd", "kvm_intel")
+"""Modules whose parameters are read."""
 _LOCKDOWN: Final = re.compile(r"\[([a-z]+)\]")
-
-
-class PostureError(Exception):
-    """The kernel gave something that cannot be made out."""
+_TAINTS: Final = re.compile(r"\(([A-Z+-]+)\)$")
 
 
 class PostureProbe:
     """Reads the posture below `root` (`/`, but for tests)."""
 
     def __init__(self, root: Path = Path("/")) -> None:
-        self._root = root
+        self._modules = KeptFile(root / "proc/modules", page=False)
+        self._command_line = KeptFile(root / "proc/cmdline", page=False)
+        self._taint = KeptFile(root / "proc/sys/kernel/tainted")
+        self._lockdown_file = KeptFile(root / "sys/kernel/security/lockdown")
+        self._enforce = KeptFile(root / "sys/module/module/parameters/sig_enforce")
+        self._modules_disabled = KeptFile(root / "proc/sys/kernel/modules_disabled")
+        self._kexec_load_disabled = KeptFile(root / "proc/sys/kernel/kexec_load_disabled")
+        self._kexec_loaded = KeptFile(root / "sys/kernel/kexec_loaded")
+        self._ptrace_scope = KeptFile(root / "proc/sys/kernel/yama/ptrace_scope")
+        self._probes = KeptFile(root / "sys/kernel/debug/kprobes/list", page=False, optional=True)
+        tracing = root / "sys/kernel/tracing"
+        self._traced = KeptFile(tracing / "enabled_functions", page=False, optional=True)
+        self._tracer = KeptFile(tracing / "current_tracer", optional=True)
+        self._parameters = Parameters(root, MODULES, most=MAX_PARAMETERS)
+        self._entries = Entries(root)
+        self._programs = Programs()
 
     def read(self) -> PostureReading:
         """One reading.
@@ -41,56 +63,35 @@ class PostureProbe:
             PostureError: a file does not hold what it should.
         """
         uname = os.uname()
-        modules = self._text("proc/modules") or ""
-        names = tuple(sorted(line.split(" ", 1)[0][:64] for line in modules.splitlines()))
-        if len(names) > MAX_MODULES:
-            raise PostureError(f"over {MAX_MODULES} modules")
-        enforce = self._text("sys/module/module/parameters/sig_enforce")
-        taint = self._number("proc/sys/kernel/tainted")
-        if taint is None:
-            raise PostureError("the kernel does not tell its taint")
+        modules = _modules(self._modules.text() or "")
+        command_line = self._command_line.text()
+        enforce = self._enforce.text()
+        taint = self._taint.number()
+        if taint is None or command_line is None:
+            raise PostureError("the kernel does not tell its taint and command line")
+        probes, traced, tracer = self._probes.text(), self._traced.text(), self._tracer.text()
         return PostureReading(
             kernel=f"{uname.release} {uname.version}"[:256],
-            command_line=(self._text("proc/cmdline") or "").strip()[:4096],
+            command_line=command_line.strip()[:4096],
             taint=taint,
             lockdown=self._lockdown(),
-            modules=names,
-            modules_disabled=self._number("proc/sys/kernel/modules_disabled"),
+            modules=tuple(sorted(modules)),
+            modules_disabled=self._modules_disabled.number(),
             signature_enforced=None if enforce is None else enforce.strip() == "Y",
-            kexec_load_disabled=self._number("proc/sys/kernel/kexec_load_disabled"),
-            ptrace_scope=self._number("proc/sys/kernel/yama/ptrace_scope"),
-            kprobes=self._kprobes(),
+            kexec_load_disabled=self._kexec_load_disabled.number(),
+            ptrace_scope=self._ptrace_scope.number(),
+            kprobes=None if probes is None else probe_names(probes),
+            kexec_loaded=self._kexec_loaded.number(),
+            module_taints=tuple(sorted((name, taint) for name, taint in modules.items() if taint)),
+            traced=None if traced is None else traced_names(traced),
+            tracer=None if tracer is None else tracer.strip()[:128],
+            programs=self._loaded(),
+            entries=self._entries.read(),
+            parameters=self._parameters.read(),
         )
 
-    def _text(self, path: str) -> str | None:
-        try:
-            fd = os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno in _MISSING:
-                return None
-            raise
-        try:
-            parts: list[bytes] = []
-            left = MAX_BYTES
-            while part := os.read(fd, left):
-                parts.append(part)
-                left -= len(part)
-                if left <= 0:
-                    raise PostureError(f"/{path}: over {MAX_BYTES} bytes")
-            return b"".join(parts).decode("utf-8", "backslashreplace")
-        finally:
-            os.close(fd)
-
-    def _number(self, path: str) -> int | None:
-        text = self._text(path)
-        if text is None:
-            return None
-        if not re.fullmatch(r"[0-9]{1,18}\n?", text):
-            raise PostureError(f"/{path}: not a number")
-        return int(text)
-
     def _lockdown(self) -> str:
-        text = self._text("sys/kernel/security/lockdown")
+        text = self._lockdown_file.text()
         if text is None:
             return ""
         match = _LOCKDOWN.search(text)
@@ -98,9 +99,30 @@ class PostureProbe:
             raise PostureError("/sys/kernel/security/lockdown: no mode in brackets")
         return match[1][:32]
 
-    def _kprobes(self) -> int:
+    def _loaded(self) -> tuple[BpfProgram, ...] | None:
         try:
-            text = self._text("sys/kernel/debug/kprobes/list")
-        except PermissionError:
-            return -1
-        return -1 if text is None else len(text.splitlines())
+            programs = self._programs.read()
+        except TooManyProgramsError as error:
+            raise PostureError(str(error)) from error
+        if programs is None:
+            return None
+        return tuple(BpfProgram(p.number, p.type, p.tag, p.name) for p in programs[:MAX_PROGRAMS])
+
+    def close(self) -> None:
+        for file in vars(self).values():
+            if isinstance(file, KeptFile | Parameters | Entries):
+                file.close()
+
+
+def _modules(text: str) -> dict[str, str]:
+    """Module → letters of the taints it brings (kernel/module/procfs.c, `m_show`)."""
+    modules: dict[str, str] = {}
+    lines = text.splitlines()
+    if len(lines) > MAX_MODULES:
+        raise PostureError(f"over {MAX_MODULES} modules")
+    for line in lines:
+        # `kvm 1204224 1 kvm_amd, Live 0xffffffffc0700000 (OE)`; a `+` or `-` says that it comes or goes.
+        match = _TAINTS.search(line)
+        letters = "" if match is None else match[1].strip("+-")
+        modules[line.split(" ", 1)[0][:64]] = letters[:16]
+    return modules

@@ -121,8 +121,8 @@ def test_posture_equal_or_stricter(appraiser: Appraiser) -> None:
         ({"kexec_load_disabled": 0}, Code.POSTURE_KEXEC),
         ({"ptrace_scope": 0}, Code.POSTURE_PTRACE),
         ({"ptrace_scope": None}, Code.POSTURE_PTRACE),
-        ({"kprobes": 1}, Code.POSTURE_KPROBES),
-        ({"kprobes": -1}, Code.POSTURE_KPROBES),
+        ({"kprobes": ("kprobe at f+0x0",)}, Code.POSTURE_KPROBES),
+        ({"kprobes": None}, Code.POSTURE_UNREADABLE),
     ],
 )
 def test_posture_weaker(appraiser: Appraiser, changes: dict[str, object], code: Code) -> None:
@@ -132,7 +132,7 @@ def test_posture_weaker(appraiser: Appraiser, changes: dict[str, object], code: 
 def test_posture_that_the_baseline_did_not_have() -> None:
     nothing = posture(
         lockdown="", modules_disabled=None, signature_enforced=None, kexec_load_disabled=None,
-        ptrace_scope=None, kprobes=-1,
+        ptrace_scope=None, kprobes=None,
     )  # fmt: skip
     appraiser = Appraiser(reference(posture=nothing), Rules(allow_jit=False, protected=()))
     assert appraiser.appraise(POSTURE, nothing).good

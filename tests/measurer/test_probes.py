@@ -53,7 +53,7 @@ def test_posture(root: Path) -> None:
     assert (reading.taint, reading.lockdown, reading.ptrace_scope) == (4096, "integrity", 3)
     assert (reading.modules_disabled, reading.kexec_load_disabled) == (0, 1)
     assert reading.signature_enforced is True
-    assert reading.kprobes == 1
+    assert reading.kprobes == ("kprobe at svm_vcpu_run+0x0",)
 
 
 def test_posture_that_is_not_there(tmp_path: Path, root: Path) -> None:
@@ -66,7 +66,7 @@ def test_posture_that_is_not_there(tmp_path: Path, root: Path) -> None:
     reading = PostureProbe(root).read()
     assert reading.modules == ()
     assert reading.lockdown == ""
-    assert reading.kprobes == -1
+    assert reading.kprobes is None
     assert {reading.modules_disabled, reading.kexec_load_disabled, reading.ptrace_scope} == {None}
     assert reading.signature_enforced is None
 

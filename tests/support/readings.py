@@ -29,7 +29,7 @@ def posture(**changes: object) -> PostureReading:
         "signature_enforced": True,
         "kexec_load_disabled": 1,
         "ptrace_scope": 1,
-        "kprobes": 0,
+        "kprobes": (),
     }
     return PostureReading(**{**values, **changes})  # type: ignore[arg-type]
 

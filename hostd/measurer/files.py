@@ -5,16 +5,11 @@ be recycled under its number. It is opened through /proc/PID/map_files, which le
 itself whatever stands at its path by now, and only if it is a regular file: opening a device may do
 something. Our own shared mapping of it is the page cache that every other mapper sees.
 
-Two ways to read a segment for its tag, giving the same tag:
-- through our mapping: 46 MB in 2.0-2.9 ms. A file cut short under the reader would end the measurer
-  (SIGBUS), so this is for files that only root can change;
-- with pread into a buffer, 46 MB in 6-8 ms, for all others: a process that maps a file of its own and
-  truncates it can only spoil its own reading. The last page comes through /proc/self/mem, where a
-  fault is an error, because bytes after the end of the file can be executed and pread does not show them.
-If a disk fails under a root-owned file the measurer dies and the gate closes.
+What is claimed is brought into our page table once, so that no pass pays for faults. Each process has its
+share of open files, of bytes, and of turns at being identified (`hostd/measurer/identify.py`): what one maps
+does not slow the others.
 
-`identify` takes SHA-256 and tags from one and the same bytes, and keeps those as the copy that later
-differences are shown against. What is not mapped any more is dropped after a while.
+What is not mapped any more is dropped after a while.
 
 Needs CAP_SYS_PTRACE and CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE (map_files), CAP_DAC_READ_SEARCH.
 """
@@ -22,38 +17,43 @@ Needs CAP_SYS_PTRACE and CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE (map_files), CA
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import mmap
 import os
 import stat
+import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from hostd.core.reading_types import WINDOW_BYTES
-from hostd.core.readings import MAX_ALTERED, AlteredPage, FileIdentity, FilesReading, Segment
 from hostd.measurer.elf import ALL_CONSTANT, HEADER_BYTES, Layout, MalformedElfError, parse_layout
-from hostd.platform.pages import PAGE, OwnMapping, OwnPages, whole_pages
+from hostd.measurer.elf_places import place
+from hostd.measurer.identify import identify
+from hostd.platform.pages import OwnMapping, populate
 from hostd.platform.procfs import ProcessGoneError, parse_maps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
+    from hostd.core.readings import FileIdentity
+    from hostd.measurer.copies import Copy
     from hostd.measurer.tags import Tagger
     from hostd.platform.procfs import ProcessHandle, Vma
 
 MAX_FILES: Final = 2048
 """Open files; over it a file that is new is not taken on, and its process is not verified."""
 MAX_FILES_PER_PROCESS: Final = 512
+FAIR_FILES: Final = 128
+"""What one process may bring once half of all places are taken. QEMU and its libraries are 52."""
 MAX_FILE_BYTES: Final = 256 << 20
 """A larger file is not read: hashing it once would take over 100 ms. QEMU's is 17 MB."""
-MAX_TAGGED_PER_PROCESS: Final = 384 << 20
-"""Bytes that one process may have read in every pass: 20 ms. QEMU has 46 MB."""
-MAX_COPIES: Final = 256 << 20
-"""Bytes of identified segments kept to show differences; over it a finding names the range only."""
+MAX_TAGGED_PER_PROCESS: Final = 256 << 20
+"""Bytes that one process may have read in every pass: 10 ms. QEMU has 43 MB."""
+MAX_TAGGED: Final = 1 << 30
+"""Bytes read in every pass in all; a process that asks for more of its own is not verified."""
 MAX_SEGMENTS_PER_FILE: Final = 1024
 KEEP_S: Final = 600.0
 """After the last process that mapped a file ended; a VM that is started again finds it identified."""
-_CHUNK: Final = 1 << 20
+SETTLE_S: Final = 1.0
+"""A file seen so recently is not dropped to make room: whoever maps it may not have claimed it yet."""
 _FOREIGN: Final = frozenset({0x65735546, 0x6969, 0xFF534D42, 0x517B, 0x01021997})
 """FUSE, NFS, CIFS, SMB, 9P (statfs(2)): who serves them can let a read hang, or answer each
 differently."""
@@ -86,10 +86,25 @@ class File:
     own: OwnMapping | None = None
     layout: Layout | None = None
     head: bytes = b""
-    copies: dict[Range, bytes] = field(default_factory=dict)
+    owner: int = 0
+    """Pid of the process that brought it."""
     tags: dict[Range, bytes] = field(default_factory=dict)
-    """Tags of `copies`."""
+    """Of the segments as they were when they were first identified."""
+    copies: dict[Range, Copy] = field(default_factory=dict)
+    seen: float = 0.0
+    """When it was last found mapped by a process that was looked at anew."""
     unused_since: float | None = None
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes of the file as it is now; fewer where there are none, or they cannot be read."""
+        try:
+            return os.pread(self.fd, length, offset)
+        except OSError:
+            return b""
+
+    def place(self, offset: int) -> str:
+        """Symbol or section at an offset, as `name+0x12`; empty if it has none."""
+        return place(self.read, offset)
 
     def close(self) -> None:
         if self.own is not None:
@@ -100,18 +115,17 @@ class File:
 class Registry:
     """All files that hypervisor processes map, and which process maps what."""
 
-    def __init__(self, tagger: Tagger, own_pages: OwnPages) -> None:
+    def __init__(self, tagger: Tagger) -> None:
         self._tagger = tagger
-        self._own_pages = own_pages
         self._by_key: dict[tuple[str, int], File] = {}
         self._by_number: dict[int, File] = {}
         self._next = 1
         self._claims: dict[tuple[int, int], frozenset[Range]] = {}
-        self._copied = 0
+        self._uses: Counter[Range] = Counter()
+        self._bytes = 0
+        self._sorted: tuple[Range, ...] | None = None
         self.generation = 0
         """Moves when what is known of a file's layout changes."""
-        self._buffer = memoryview(mmap.mmap(-1, MAX_FILE_BYTES))
-        """Anonymous memory, used only as far as the largest file read with pread."""
 
     # ── What is mapped ────────────────────────────────────────────────────────────────────────────
 
@@ -127,17 +141,39 @@ class Registry:
         """
         file = self._by_key.get((vma.device, vma.inode))
         if file is None:
-            if len(self._by_number) >= MAX_FILES:
-                raise TooMuchError(f"over {MAX_FILES} different files are mapped")
+            self._make_room(handle.pid)
             file = self._take_on(handle, vma)
-        file.path = vma.name
+        file.seen = time.monotonic()
+        # Sharing one string: a hundred processes name the same fifty files.
+        file.path = file.path if file.path == vma.name else vma.name
         return file
+
+    def _make_room(self, owner: int) -> None:
+        """Drops what nobody uses until a process may bring another file: its own first."""
+        brought = [file for file in self._by_number.values() if file.owner == owner]
+        limit = MAX_FILES_PER_PROCESS if len(self._by_number) < MAX_FILES // 2 else FAIR_FILES
+        if len(brought) >= limit and not self._drop_oldest(brought):
+            raise TooMuchError(f"it maps over {limit} files of its own")
+        if len(self._by_number) >= MAX_FILES and not self._drop_oldest(self._by_number.values()):
+            raise TooMuchError(f"over {MAX_FILES} different files are mapped")
+
+    def _drop_oldest(self, files: Iterable[File]) -> bool:
+        used = {item.file for item in self._uses}
+        settled = time.monotonic() - SETTLE_S
+        unused = [file for file in files if file.number not in used and file.seen <= settled]
+        if unused:
+            self._drop(min(unused, key=lambda file: file.seen))
+        return bool(unused)
+
+    def _drop(self, file: File) -> None:
+        del self._by_number[file.number], self._by_key[file.device, file.inode]
+        file.close()
 
     def _take_on(self, handle: ProcessHandle, vma: Vma) -> File:
         held = handle.open(f"map_files/{vma.start:x}-{vma.end:x}", os.O_PATH)
         try:
             info = os.fstat(held)
-            file = File(self._next, held, vma.device, vma.inode, vma.name)
+            file = File(self._next, held, vma.device, vma.inode, vma.name, owner=handle.pid)
             if not stat.S_ISREG(info.st_mode):
                 file.refusal = "it is not a regular file"
             elif (kind := _filesystem(held)) in _FOREIGN:
@@ -192,7 +228,36 @@ class Registry:
             raise TooMuchError(f"over {MAX_FILES_PER_PROCESS} files in one process")
         if sum(item.length for item in claimed) > MAX_TAGGED_PER_PROCESS:
             raise TooMuchError(f"over {MAX_TAGGED_PER_PROCESS} bytes of code and constants in one process")
+        new = [item for item in claimed if item not in self._uses]
+        size = sum(item.length for item in new)
+        if new and self._bytes + size > MAX_TAGGED:
+            raise TooMuchError(f"over {MAX_TAGGED} bytes of code and constants in all processes")
+        self._uses.update(claimed)
+        self._bytes += size
+        self._release(process)
         self._claims[process] = claimed
+        self._sorted = None
+        for item in new:
+            self._bring_in(item)
+
+    def _bring_in(self, item: Range) -> None:
+        file = self._by_number[item.file]
+        if file.own is not None and only_root_changes(os.fstat(file.fd)):
+            populate(file.own.address + item.offset, item.length)
+
+    def _release(self, process: tuple[int, int]) -> None:
+        self._sorted = None
+        for item in self._claims.pop(process, ()):
+            self._uses[item] -= 1
+            if not self._uses[item]:
+                del self._uses[item]
+                self._bytes -= item.length
+
+    def wanted(self) -> tuple[Range, ...]:
+        """Every segment that any process maps, in order."""
+        if self._sorted is None:
+            self._sorted = tuple(sorted(self._uses))
+        return self._sorted
 
     def claimed(self, process: tuple[int, int]) -> bool:
         return process in self._claims
@@ -201,65 +266,26 @@ class Registry:
         """Forgets the claims of processes not in `alive`, and files unused for `KEEP_S`."""
         living = frozenset(alive)
         for process in [process for process in self._claims if process not in living]:
-            del self._claims[process]
-        used = {item.file for claim in self._claims.values() for item in claim}
+            self._release(process)
+        used = {item.file for item in self._uses}
         for file in list(self._by_number.values()):
             if file.number in used:
                 file.unused_since = None
             elif file.unused_since is None:
                 file.unused_since = now
             elif now - file.unused_since >= KEEP_S:
-                self._copied -= sum(map(len, file.copies.values()))
-                del self._by_number[file.number], self._by_key[file.device, file.inode]
-                file.close()
+                self._drop(file)
 
-    # ── Readings ──────────────────────────────────────────────────────────────────────────────────
+    # ── What it is ────────────────────────────────────────────────────────────────────────────────
 
-    def read_files(self) -> FilesReading:
-        """Tags of everything that is mapped now, and where it differs from what was identified. A segment
-        that cannot be read is left out, and so is not verified."""
-        segments: list[Segment] = []
-        altered: list[AlteredPage] = []
-        for item in sorted(frozenset().union(*self._claims.values())):
-            file = self._by_number[item.file]
-            try:
-                data = self._bytes_of(file, item)
-            except OSError:
-                continue
-            tag = self._tagger.tag(data)
-            segments.append(Segment(item.file, item.offset, item.length, tag))
-            if tag != file.tags.get(item, tag) and item in file.copies:
-                altered += _differences(file, item, data, MAX_ALTERED - len(altered))
-        return FilesReading(tuple(segments), tuple(altered))
+    def identify_steps(self, number: int) -> Iterator[FileIdentity | None]:
+        """SHA-256 of the whole file and tags of its segments, from the same bytes, a millisecond at a time.
 
-    def _bytes_of(self, file: File, item: Range) -> memoryview:
-        """The segment as mapped, in whole pages. What the file does not have (any more) is left out."""
-        assert file.own is not None
-        info = os.fstat(file.fd)
-        end = item.offset + item.length
-        if info.st_uid == 0 and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            stop = min(end, whole_pages(info.st_size), file.own.length)
-            return file.own.view[item.offset : max(stop, item.offset)]
-        filled = 0
-        full = min(item.length, max(0, info.st_size // PAGE * PAGE - item.offset))
-        while filled < full:
-            got = os.preadv(file.fd, [self._buffer[filled:full]], item.offset + filled)
-            if not got:
-                return self._buffer[:filled]
-            filled += got
-        if filled < item.length and info.st_size % PAGE:
-            try:
-                page = self._own_pages.read(file.own.address + item.offset + filled, PAGE)
-            except OSError:
-                return self._buffer[:filled]
-            self._buffer[filled : filled + PAGE] = page
-            filled += PAGE
-        return self._buffer[:filled]
+        Gives None after each step, the identity once, and then None again while the copy is made that
+        differences are shown against; that may be left undone. Between two steps anything else may be
+        read. `hostd.measurer.identify.Turns` takes such steps for several files, fairly.
 
-    def identify(self, number: int) -> FileIdentity:
-        """SHA-256 of the whole file and tags of its segments, from the same bytes.
-
-        Raises:
+        Raises (from `next`):
             LookupError: no such number (any more), or the file is one that is not read.
             OSError: it cannot be read.
         """
@@ -268,48 +294,33 @@ class Registry:
             raise LookupError("no such file")
         if file.own is None:
             raise LookupError(f"{file.path}: {file.refusal}")
-        wanted = sorted({item for claim in self._claims.values() for item in claim if item.file == number})[
-            :MAX_SEGMENTS_PER_FILE
-        ]
-        copies = [bytearray(item.length) for item in wanted]
-        digest = hashlib.sha256()
-        size = 0
-        head = b""
-        while size <= MAX_FILE_BYTES and (got := os.preadv(file.fd, [self._buffer[:_CHUNK]], size)):
-            chunk = self._buffer[:got]
-            digest.update(chunk)
-            for item, copy in zip(wanted, copies, strict=True):
-                low, high = max(item.offset, size), min(item.offset + item.length, size + got)
-                if low < high:
-                    copy[low - item.offset : high - item.offset] = chunk[low - size : high - size]
-            if len(head) < HEADER_BYTES:
-                head += bytes(chunk[: HEADER_BYTES - len(head)])
-            size += got
-        # The headers that were read when the file was new may not be the ones that this digest covers.
-        if head != file.head:
-            file.head, file.layout = head, _layout(head)
-            self.generation += 1
-        tags = [self._tagger.tag(copy) for copy in copies]
-        for item, copy, tag in zip(wanted, copies, tags, strict=True):
-            self._keep(file, item, bytes(copy), tag)
-        return FileIdentity(
-            file=number,
-            path=file.path,
-            device=os.fstat(file.fd).st_dev,
-            inode=file.inode,
-            size=size,
-            sha256=digest.digest(),
-            segments=tuple(
-                Segment(item.file, item.offset, item.length, tag)
-                for item, tag in zip(wanted, tags, strict=True)
-            ),
-        )
+        wanted = sorted(item for item in self._uses if item.file == number)[:MAX_SEGMENTS_PER_FILE]
+        for step in identify(file, wanted, self._tagger, self._room_for_copies):
+            # The descriptor of a file that was dropped may be another file's by now.
+            if self._by_number.get(number) is not file:
+                raise LookupError("no such file any more")
+            if step is not None and step.head != file.head:
+                # The headers read when the file was new may not be the ones that this digest covers.
+                file.head, file.layout = step.head, _layout(step.head)
+                self.generation += 1
+            yield None if step is None else step.identity
 
-    def _keep(self, file: File, item: Range, copy: bytes, tag: bytes) -> None:
-        if item not in file.tags and self._copied + len(copy) <= MAX_COPIES:
-            file.tags[item] = tag
-            file.copies[item] = copy
-            self._copied += len(copy)
+    def identify(self, number: int) -> FileIdentity:
+        """All steps of `identify_steps` at once.
+
+        Raises:
+            LookupError, OSError: as there.
+        """
+        (identity,) = [step for step in self.identify_steps(number) if step is not None]
+        return identity
+
+    def _room_for_copies(self, owner: int) -> tuple[int, int]:
+        """Compressed bytes held: of what one process brought, and in all."""
+        held = [
+            (file.owner == owner, sum(copy.size for copy in file.copies.values()))
+            for file in self._by_number.values()
+        ]
+        return sum(size for own, size in held if own), sum(size for _, size in held)
 
     def close(self) -> None:
         for file in self._by_number.values():
@@ -317,6 +328,8 @@ class Registry:
         self._by_number.clear()
         self._by_key.clear()
         self._claims.clear()
+        self._uses.clear()
+        self._sorted = None
 
 
 def _filesystem(fd: int) -> int:
@@ -334,28 +347,6 @@ def _layout(head: bytes) -> Layout | None:
         return ALL_CONSTANT
 
 
-def _differences(file: File, item: Range, now: memoryview, limit: int) -> list[AlteredPage]:
-    """Where a segment differs from its copy, page by page."""
-    copy = file.copies[item]
-    found: list[AlteredPage] = []
-    for start in range(0, item.length, PAGE):
-        if len(found) >= limit:
-            break
-        expected, seen = copy[start : start + PAGE], bytes(now[start : start + PAGE])
-        if expected != seen:
-            at, was, is_now = first_difference(expected, seen)
-            found.append(
-                AlteredPage(0, file.number, file.path, item.offset + start + at, was, is_now, "content")
-            )
-    return found
-
-
-def first_difference(expected: bytes, seen: bytes) -> tuple[int, bytes, bytes]:
-    """Offset of the first differing byte and both sides from there on; (0, same, same) if none differs."""
-    if expected == seen:
-        return 0, expected[:WINDOW_BYTES], seen[:WINDOW_BYTES]
-    at = next(
-        (i for i, (a, b) in enumerate(zip(expected, seen, strict=False)) if a != b),
-        min(len(expected), len(seen)),
-    )
-    return at, expected[at : at + WINDOW_BYTES], seen[at : at + WINDOW_BYTES]
+def only_root_changes(info: os.stat_result) -> bool:
+    """Whether nobody but root can cut the file short under a reader."""
+    return info.st_uid == 0 and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

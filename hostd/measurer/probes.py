@@ -13,12 +13,14 @@ from hostd.core.findings import Kind
 from hostd.core.readings import Missing
 from hostd.ipc.measuring import Ask, AskFile, AskWho
 from hostd.measurer.boot import BootProbe
+from hostd.measurer.contents import ContentsProbe
 from hostd.measurer.domain import DomainProbe
 from hostd.measurer.files import Registry, TooMuchError
 from hostd.measurer.guests import Guest, GuestsProbe
 from hostd.measurer.ima import ImaProbe
 from hostd.measurer.itself import SelfProbe
 from hostd.measurer.kernel import KernelProbe
+from hostd.measurer.lane import Lane
 from hostd.measurer.posture import PostureError, PostureProbe
 from hostd.measurer.process import ProcessProbe
 from hostd.measurer.relro import RelroProbe
@@ -40,9 +42,12 @@ class Measurer:
 
     def __init__(self, config: Config) -> None:
         pages = OwnPages()
-        self.registry = Registry(Tagger(), pages)
+        tagger = Tagger()
+        self._lane = Lane()
+        self.registry = Registry(tagger)
+        self._contents = ContentsProbe(self.registry, tagger, pages, self._lane)
         self.guests = GuestsProbe(config.hypervisor)
-        self.processes = ProcessProbe(self.registry, pages)
+        self.processes = ProcessProbe(self.registry, tagger, pages, self._lane)
         self._posture = PostureProbe()
         self._ima = ImaProbe()
         self._boot = BootProbe()
@@ -123,7 +128,7 @@ class Measurer:
                 except (ProcessGoneError, MalformedProcError, TooMuchError, OSError):
                     # Its own reading says why; the files of the others are read all the same.
                     continue
-        return self.registry.read_files()
+        return self._contents.read()
 
     def _identify(self, number: int) -> FileIdentity | Missing:
         try:
@@ -136,6 +141,7 @@ class Measurer:
             probe.close()
         self.guests.close()
         self.registry.close()
+        self._lane.close()
 
 
 def _only(matching: list[Guest], what: str) -> Guest:

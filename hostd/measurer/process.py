@@ -11,6 +11,10 @@ in migration, the process may be ending. So a difference is read again, a bounde
 before it is reported (a copied page twice only: it stays one); then with the bytes expected (the file's)
 and seen (the process's).
 
+Every reading reads all mappings, and meanwhile, in a second thread, the page table of all that is kept:
+0.35 ms. What follows from them is worked out again only if one of the two is not, by keyed tag over all
+its bytes, what it was when it was last found good.
+
 Not covered: relocated read-only data, writable data, a patch that is taken back between two readings.
 
 Needs CAP_SYS_ADMIN (frames), CAP_SYS_PTRACE (maps, mem). Without access to /proc/PID/mem (ptrace_scope 3)
@@ -20,11 +24,12 @@ the bytes seen are empty and everything else stands.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from hostd.core.reading_types import WINDOW_BYTES
 from hostd.core.readings import (
@@ -37,61 +42,96 @@ from hostd.core.readings import (
     Mapping,
     ProcessReading,
 )
-from hostd.measurer.files import Range, TooMuchError, first_difference
-from hostd.platform.pages import ENTRY_BYTES, FILE, PAGE, PRESENT, SWAPPED, differing, populate, whole_pages
-from hostd.platform.procfs import MAX_MAPS_BYTES, ProcessGoneError, parse_maps
+from hostd.measurer.copies import first_difference
+from hostd.measurer.files import Range, TooMuchError
+from hostd.measurer.frames import OwnFrames, Shape, shape_of
+from hostd.platform.pages import (
+    ENTRY_BYTES,
+    FILE,
+    PAGE,
+    PRESENT,
+    SWAPPED,
+    Run,
+    Spans,
+    differing,
+    populate,
+    whole_pages,
+)
+from hostd.platform.procfs import ProcessGoneError, parse_maps
+from hostd.platform.vmas import MapsReader
 
 if TYPE_CHECKING:
     from hostd.measurer.files import File, Registry
+    from hostd.measurer.lane import Lane
+    from hostd.measurer.tags import Tagger
     from hostd.platform.pages import OwnPages
     from hostd.platform.procfs import ProcessHandle, Stat, Vma
 
 RETRY_S: Final = (0.0, 0.0002, 0.001, 0.004, 0.016)
 """Waits before a difference is read again. The first costs nothing: mostly our own table lacked a page."""
+NAMES_S: Final = 120.0
+"""How long names of mapped files are believed: a rename changes nothing else that is read (1.5 ms)."""
+MAX_SHARED: Final = 256
 MAX_NAME: Final = 4096
 VDSO: Final = "[vdso]"
 
 
-class Run(NamedTuple):
-    """Pages that are contiguous in the process and in our own memory."""
-
-    start: int
-    own: int
-    pages: int
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one content of /proc/PID/maps asks to be compared, while the registry knows no better."""
+    """What one state of a process's mappings asks to be compared, while the registry knows no better."""
 
-    maps: bytes
+    state: bytes
+    """Tag of `MapsReader.state`."""
     generation: int
+    executable: str
+    named: float
+    """When the names were read."""
     mappings: tuple[Mapping, ...]
     ranges: frozenset[Range]
     runs: tuple[Run, ...]
+    """Sorted by our own address."""
+    shape: Shape
+    spans: Spans
 
 
 @dataclass(slots=True)
 class _Last:
-    """The last good comparison: the same entries again need no new one."""
+    """What is kept of a process: the latest plan, and the tag of the page table last found good under it,
+    with the version of our own frames that it was compared with."""
 
     plan: Plan
-    target: bytes
-    own: bytes
+    good: tuple[bytes, int] | None = None
 
 
 class ProcessProbe:
     """Reads hypervisor processes against the registry's files."""
 
-    def __init__(self, registry: Registry, own_pages: OwnPages) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        tagger: Tagger,
+        own_pages: OwnPages,
+        lane: Lane,
+        *,
+        maps: MapsReader | None = None,
+    ) -> None:
         self._registry = registry
+        self._tagger = tagger
         self._own_pages = own_pages
+        self._lane = lane
+        self._maps = maps or MapsReader()
+        self._frames = OwnFrames(own_pages, time.monotonic)
         self._vdso = _own_vdso()
         self._last: dict[tuple[int, int], _Last] = {}
+        self._ranges: dict[frozenset[Range], frozenset[Range]] = {}
+        self._shapes: dict[Shape, Shape] = {}
 
     def forget_ended(self, alive: frozenset[tuple[int, int]]) -> None:
         for key in [key for key in self._last if key not in alive]:
             del self._last[key]
+        if len(self._ranges) > MAX_SHARED or len(self._shapes) > MAX_SHARED:
+            self._ranges.clear()
+            self._shapes.clear()
 
     def enroll(self, hypervisor: Hypervisor, handle: ProcessHandle) -> None:
         """Makes the registry know what the process maps.
@@ -99,7 +139,7 @@ class ProcessProbe:
         Raises:
             ProcessGoneError, MalformedProcError, TooMuchError: as `read`.
         """
-        self._claim(hypervisor, self._plan(hypervisor, handle))
+        self._keep(hypervisor, self._plan(hypervisor, handle))
 
     def read(self, hypervisor: Hypervisor, handle: ProcessHandle) -> ProcessReading:
         """Reads the process.
@@ -118,18 +158,49 @@ class ProcessProbe:
 
     # ── Mappings ──────────────────────────────────────────────────────────────────────────────────
 
-    def _plan(self, hypervisor: Hypervisor, handle: ProcessHandle) -> Plan:
-        maps = handle.read("maps", MAX_MAPS_BYTES)
+    def _look(self, hypervisor: Hypervisor, handle: ProcessHandle) -> tuple[_Last, bytes]:
+        """The plan as the mappings are now, and the page table's entries for it."""
         last = self._last.get((hypervisor.pid, hypervisor.start_time))
+        if last is not None:
+            self._lane.start(_entries, handle, last.plan.spans)
+            try:
+                state = self._tagger.tag(self._maps.state(handle))
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    self._lane.result()
+                raise
+            target: bytes = self._lane.result()
+            if self._holds(last.plan, hypervisor, state):
+                if not self._registry.claimed((hypervisor.pid, hypervisor.start_time)):
+                    self._keep(hypervisor, last.plan)
+                return last, target
+        plan = self._plan(hypervisor, handle)
+        return self._keep(hypervisor, plan), _entries(handle, plan.spans)
+
+    def _holds(self, plan: Plan, hypervisor: Hypervisor, state: bytes) -> bool:
+        return (
+            plan.state == state
+            and plan.generation == self._registry.generation
+            and plan.executable == hypervisor.executable
+            and time.monotonic() - plan.named < NAMES_S
+        )
+
+    def _keep(self, hypervisor: Hypervisor, plan: Plan) -> _Last:
+        key = (hypervisor.pid, hypervisor.start_time)
+        self._registry.claim(key, plan.ranges)
+        last = self._last.get(key)
+        if last is None or last.plan is not plan:
+            last = self._last[key] = _Last(plan)
+        return last
+
+    def _plan(self, hypervisor: Hypervisor, handle: ProcessHandle) -> Plan:
         generation = self._registry.generation
-        if last is not None and last.plan.maps == maps and last.plan.generation == generation:
-            return last.plan
+        mapped = self._maps.read(handle)
         mappings: list[Mapping] = []
         ranges: set[Range] = set()
         runs: list[Run] = []
-        vmas = parse_maps(maps)
-        of_interest = {(vma.device, vma.inode) for vma in vmas if vma.inode and _may_hold_code(vma)}
-        for vma in vmas:
+        of_interest = {(vma.device, vma.inode) for vma in mapped.vmas if vma.inode and _may_hold_code(vma)}
+        for vma in mapped.vmas:
             named = (vma.device, vma.inode) in of_interest
             if vma.inode and not named:
                 continue
@@ -139,13 +210,25 @@ class ProcessProbe:
             if len(mappings) == MAX_MAPPINGS:
                 raise TooMuchError(f"over {MAX_MAPPINGS} mappings of code and constants")
             number = None if file is None else file.number
-            mappings.append(
-                Mapping(vma.start, vma.end, vma.protection, number, vma.offset, vma.name[:MAX_NAME])
-            )
+            name = vma.name if file is None else file.path
+            mappings.append(Mapping(vma.start, vma.end, vma.protection, number, vma.offset, name[:MAX_NAME]))
             self._add(runs, ranges, vma, file)
         if not mappings:
             raise ProcessGoneError("the process has no mappings (any more)")
-        return Plan(maps, generation, tuple(mappings), frozenset(ranges), tuple(runs))
+        # A hundred machines that run the same files share these.
+        runs.sort(key=lambda run: run.own)
+        kept, shape = frozenset(ranges), shape_of(runs)
+        return Plan(
+            self._tagger.tag(mapped.state),
+            generation,
+            hypervisor.executable,
+            time.monotonic(),
+            tuple(mappings),
+            self._ranges.setdefault(kept, kept),
+            tuple(runs),
+            self._shapes.setdefault(shape, shape),
+            Spans.over(runs),
+        )
 
     def _add(self, runs: list[Run], ranges: set[Range], vma: Vma, file: File | None) -> None:
         if file is None:
@@ -167,55 +250,33 @@ class ProcessProbe:
                 return
         runs.append(run)
 
-    def _claim(self, hypervisor: Hypervisor, plan: Plan) -> None:
-        self._registry.claim((hypervisor.pid, hypervisor.start_time), plan.ranges)
-
     # ── Pages ─────────────────────────────────────────────────────────────────────────────────────
 
     def _compare(
         self, hypervisor: Hypervisor, handle: ProcessHandle
     ) -> tuple[Plan, tuple[AlteredPage, ...], int]:
-        key = (hypervisor.pid, hypervisor.start_time)
         odd: list[int] = []
         for wait in (None, *RETRY_S):
             if wait:
                 time.sleep(wait)
-            plan = self._plan(hypervisor, handle)
-            self._claim(hypervisor, plan)
+            last, target = self._look(hypervisor, handle)
+            plan = last.plan
             if odd:
                 _populate(plan, odd)
-            target, own = self._entries(handle, plan)
-            last = self._last.get(key)
-            if last is not None and last.plan is plan and (last.target, last.own) == (target, own):
+            frames = self._frames.of(plan.shape, anew=bool(odd))
+            seen = self._tagger.tag(target), frames.version
+            if last.good == seen:
                 return plan, (), 0
-            odd = differing(target, own)
+            odd = differing(target, frames.entries)
             if not odd:
-                self._last[key] = _Last(plan, target, own)
+                last.good = seen
                 return plan, (), 0
             if wait is not None and all(_copied(target, index) for index in odd):
                 break
-        self._last.pop(key, None)
+        last.good = None
         if handle.stat().ended:
             raise ProcessGoneError("the process ended while it was read")
         return plan, self._describe(handle, plan, odd[:MAX_ALTERED], target), len(odd)
-
-    def _entries(self, handle: ProcessHandle, plan: Plan) -> tuple[bytes, bytes]:
-        fd = handle.open("pagemap")
-        try:
-            theirs = [
-                os.pread(fd, run.pages * ENTRY_BYTES, run.start // PAGE * ENTRY_BYTES) for run in plan.runs
-            ]
-        except OSError as error:
-            raise ProcessGoneError("its page table cannot be read") from error
-        finally:
-            os.close(fd)
-        if sum(map(len, theirs)) != sum(run.pages for run in plan.runs) * ENTRY_BYTES:
-            raise ProcessGoneError("its page table is gone")
-        ours = [
-            self._own_pages.entries(run.own, run.pages) if run.own else bytes(run.pages * ENTRY_BYTES)
-            for run in plan.runs
-        ]
-        return b"".join(theirs), b"".join(ours)
 
     # ── What differs ──────────────────────────────────────────────────────────────────────────────
 
@@ -245,12 +306,9 @@ class ProcessProbe:
         file = None if mapping.file is None else self._registry.get(mapping.file)
         expected = self._expected(run, index, file, offset)
         seen = _read_memory(memory, address)
-        if not seen:
-            return AlteredPage(
-                address, mapping.file, mapping.name, offset, expected[:WINDOW_BYTES], b"", reason
-            )
-        at, was, is_now = first_difference(expected, seen)
-        return AlteredPage(address + at, mapping.file, mapping.name, offset + at, was, is_now, reason)
+        at, was, is_now = first_difference(expected, seen) if seen else (0, expected[:WINDOW_BYTES], b"")
+        symbol = "" if file is None else file.place(offset + at)
+        return AlteredPage(address + at, mapping.file, mapping.name, offset + at, was, is_now, reason, symbol)
 
     def _expected(self, run: Run, index: int, file: File | None, offset: int) -> bytes:
         try:
@@ -259,6 +317,19 @@ class ProcessProbe:
             return self._own_pages.read(run.own + index * PAGE, PAGE) if run.own else b""
         except OSError:
             return b""
+
+
+def _entries(handle: ProcessHandle, spans: Spans) -> bytes:
+    fd = handle.open("pagemap")
+    try:
+        entries = spans.entries(fd)
+    except OSError as error:
+        raise ProcessGoneError("its page table cannot be read") from error
+    finally:
+        os.close(fd)
+    if entries is None:
+        raise ProcessGoneError("its page table is gone")
+    return entries
 
 
 def _populate(plan: Plan, odd: list[int]) -> None:

@@ -14,7 +14,11 @@ import functools
 import mmap
 import os
 from array import array
-from typing import Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PAGE: Final = 4096
 ENTRY_BYTES: Final = 8
@@ -22,6 +26,8 @@ PRESENT: Final = 1 << 63
 SWAPPED: Final = 1 << 62
 FILE: Final = 1 << 61
 FRAME: Final = (1 << 55) - 1
+GAP_PAGES: Final = 64
+"""Reading the entries of so many pages between two runs costs less than another call."""
 _IDENTITY: Final = PRESENT | SWAPPED | FILE | FRAME
 _MADV_POPULATE_READ: Final = 22
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
@@ -44,7 +50,7 @@ def whole_pages(length: int) -> int:
     return -(-length // PAGE) * PAGE
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _lanes(count: int) -> tuple[int, int, int]:
     ones = int.from_bytes(b"\x01\0\0\0\0\0\0\0" * count, "little")
     return ones * PRESENT, ones * SWAPPED, ones * _IDENTITY
@@ -98,6 +104,54 @@ class OwnMapping:
     def close(self) -> None:
         self.view.release()
         _libc.munmap(self.address, self.length)
+
+
+class Run(NamedTuple):
+    """Pages that are contiguous in a process and in our own memory."""
+
+    start: int
+    """Address in the process."""
+    own: int
+    """Address in ours; 0: we have no such pages."""
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """What is read of a page table at once: runs that lie close together come with one call."""
+
+    reads: tuple[tuple[int, int], ...]
+    """(bytes, offset) in pagemap."""
+    cuts: tuple[tuple[int, int, int], ...]
+    """For each run: which read, and from where to where in it, in bytes."""
+
+    @classmethod
+    def over(cls, runs: Sequence[Run]) -> Spans:
+        """For `runs` in any order; their entries come in the same."""
+        reads: list[tuple[int, int]] = []
+        cuts: dict[int, tuple[int, int, int]] = {}
+        for index in sorted(range(len(runs)), key=lambda index: runs[index].start):
+            run = runs[index]
+            first, last = run.start // PAGE, run.start // PAGE + run.pages
+            size, at = reads[-1] if reads else (0, 0)
+            if reads and first - (at + size) // ENTRY_BYTES <= GAP_PAGES:
+                reads[-1] = max(size, last * ENTRY_BYTES - at), at
+            else:
+                at = first * ENTRY_BYTES
+                reads.append(((last - first) * ENTRY_BYTES, at))
+            cuts[index] = len(reads) - 1, first * ENTRY_BYTES - at, last * ENTRY_BYTES - at
+        return cls(tuple(reads), tuple(cuts[index] for index in range(len(runs))))
+
+    def entries(self, pagemap: int) -> bytes | None:
+        """The runs' entries, one after the other; None if the page table is gone.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        parts = [memoryview(os.pread(pagemap, size, at)) for size, at in self.reads]
+        if any(len(part) != size for part, (size, _) in zip(parts, self.reads, strict=True)):
+            return None
+        return b"".join([parts[read][low:high] for read, low, high in self.cuts])
 
 
 class OwnPages:

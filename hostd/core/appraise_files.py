@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from hostd.core.codes import Code
 from hostd.core.findings import FILES, Finding, Severity, Status, Verdict
 from hostd.core.readings import FileIdentity, Missing, Segment
+from hostd.core.reference import DELETED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -92,14 +93,30 @@ class FileBook:
             else:
                 altered.append(segment)
         self.good = frozenset(good)
+        claims = self._claims(reading, reference)
         wanted = frozenset(sorted(identify)[:MAX_IDENTIFY])
         findings = tuple(self._altered(altered, reading.altered))[:MAX_FINDINGS]
         if findings:
-            return Verdict(FILES, Status.DRIFTED, findings, wanted)
+            return Verdict(FILES, Status.DRIFTED, findings, wanted, claims)
         # Without segments there is nothing to be good, unless there is no hypervisor process to have any.
         if good or (not reading.segments and processes == 0):
-            return Verdict(FILES, Status.VERIFIED, (), wanted)
-        return Verdict(FILES, Status.PENDING, (), wanted)
+            return Verdict(FILES, Status.VERIFIED, (), wanted, claims)
+        return Verdict(FILES, Status.PENDING, (), wanted, claims)
+
+    def _claims(self, reading: FilesReading, reference: Reference) -> tuple[tuple[str, str], ...]:
+        mapped = {segment.file for segment in reading.segments}
+        known = [self.known[number] for number in mapped if number in self.known]
+        good = sum(key[2] for key in self.good)
+        return (
+            ("files", str(len(mapped))),
+            ("approved", str(sum(file.approved(reference) for file in known))),
+            ("not identified", str(len(mapped) - len(known))),
+            ("deleted on disk", str(sum(file.path.endswith(DELETED) for file in known))),
+            (
+                "verified",
+                f"{good / 1e6:.1f} MB of {sum(item.length for item in reading.segments) / 1e6:.1f} MB",
+            ),
+        )
 
     def _altered(self, segments: Iterable[Segment], pages: tuple[AlteredPage, ...]) -> Iterable[Finding]:
         for segment in segments:
@@ -115,7 +132,7 @@ class FileBook:
                     known.path,
                     f"bytes {page.expected.hex(' ')} (file of SHA-256 {known.sha256})",
                     f"bytes {page.seen.hex(' ')}",
-                    f"file offset {page.file_offset:#x}",
+                    f"{page.symbol}, file offset {page.file_offset:#x}".removeprefix(", "),
                 )
             if not inside:
                 where = f"file offsets {segment.offset:#x}-{end:#x}"

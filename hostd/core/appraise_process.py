@@ -3,8 +3,9 @@
 Good means: the process is who it was; its own executable is mapped; every mapping of code or constants
 belongs to an approved file, in a segment that the last files reading found good, and is not
 writable; nothing else is executable but the vDSO; and no page differs from the file's. Under TCG, if
-the configuration accepts a JIT, the anonymous executable regions it had when it was first seen with
-any may stay or shrink; under KVM there is none.
+the configuration accepts a JIT, one anonymous area of the size that QEMU gives its code buffer is
+accepted where it was when it was first seen: it may shrink or be split, and never grow or move. Anything
+else that is anonymous and executable is a finding, and under KVM all of it is.
 
 A file not known yet makes the process PENDING and is asked for. A process that is gone is PENDING too.
 """
@@ -21,7 +22,7 @@ from hostd.core.readings import EXEC, READ, WRITE
 from hostd.core.reference import DELETED
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     from hostd.core.appraise_files import FileBook
     from hostd.core.readings import AlteredPage, Hypervisor, Mapping, ProcessReading
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 MAX_FINDINGS: Final = 64
 MAX_PROCESSES: Final = 8192
 VDSO: Final = "[vdso]"
+MIN_JIT, MAX_JIT = 1 << 20, 2 << 30
+"""Bytes of TCG's code buffer (tcg/region.c: MIN_CODE_GEN_BUFFER_SIZE, MAX_CODE_GEN_BUFFER_SIZE)."""
+JIT_GAP: Final = 64 << 10
+"""Guard pages stand between the regions of the buffer."""
 _REASONS: Final = {
     "private": "a copy of the page",
     "frame": "another page than the file's",
@@ -87,8 +92,20 @@ class Processes:
         if not self._allow_jit or seen.hypervisor.accel != "tcg":
             return ()
         if not seen.jit:
-            seen.jit = tuple((mapping.start, mapping.end) for mapping in anonymous if mapping.name != VDSO)
+            seen.jit = _code_buffer(mapping for mapping in anonymous if mapping.name != VDSO)
         return seen.jit
+
+
+def _code_buffer(mappings: Iterable[Mapping]) -> tuple[tuple[int, int], ...]:
+    """The one area that can be TCG's code buffer: the largest, if its size can be one."""
+    areas: list[tuple[int, int]] = []
+    for mapping in sorted(mappings, key=lambda mapping: mapping.start):
+        if areas and mapping.start - areas[-1][1] <= JIT_GAP:
+            areas[-1] = areas[-1][0], mapping.end
+        else:
+            areas.append((mapping.start, mapping.end))
+    largest = max(areas, key=lambda area: area[1] - area[0], default=(0, 0))
+    return (largest,) if MIN_JIT <= largest[1] - largest[0] <= MAX_JIT else ()
 
 
 class _Judge:
@@ -200,7 +217,7 @@ class _Judge:
             f"{self._subject}: {page.name}",
             f"bytes {page.expected.hex(' ')}, the file's own page",
             f"bytes {page.seen.hex(' ') or 'unreadable'}{' (the same)' if same else ''}, {how}",
-            f"address {page.address:#x}, file offset {page.file_offset:#x}",
+            f"{page.symbol}, address {page.address:#x}, file offset {page.file_offset:#x}".removeprefix(", "),
         )
 
     def verdict(self, reading: ProcessReading) -> Verdict:
@@ -210,11 +227,32 @@ class _Judge:
         )
         findings = tuple(self._found)
         identify = frozenset(sorted(self._identify)[:MAX_FINDINGS])
+        claims = self._claims(reading)
         if findings:
-            return Verdict(self._component, Status.DRIFTED, findings, identify)
+            return Verdict(self._component, Status.DRIFTED, findings, identify, claims)
         if identify or self._unverified or not own:
-            return Verdict(self._component, Status.PENDING, (), identify)
-        return Verdict(self._component, Status.VERIFIED)
+            return Verdict(self._component, Status.PENDING, (), identify, claims)
+        return Verdict(self._component, Status.VERIFIED, (), frozenset(), claims)
+
+    def _claims(self, reading: ProcessReading) -> tuple[tuple[str, str], ...]:
+        now = self._now
+        jit = sum(
+            item.end - item.start for item in reading.mappings if item.file is None and item.name != VDSO
+        )
+        return (
+            ("pid", str(now.pid)),
+            ("start time", str(now.start_time)),
+            ("uid", str(now.uid)),
+            ("vm", f"{now.name} {now.vm}".strip()),
+            ("cid", str(now.cid) if now.cid else "none"),
+            ("vouched by", now.source),
+            ("accelerator", now.accel),
+            ("executable", now.executable),
+            ("files", str(len({item.file for item in reading.mappings if item.file is not None}))),
+            ("mappings", str(len(reading.mappings))),
+            ("anonymous executable", f"{jit} bytes" if jit else "none"),
+            ("altered pages", str(reading.altered_total)),
+        )
 
     def _add(self, code: Code, subject: str, expected: str, seen: str, where: str = "") -> None:
         if len(self._found) < MAX_FINDINGS:

@@ -68,31 +68,36 @@ class Scanner:
         for name in os.listdir("/proc"):
             if not name.isdigit():
                 continue
+            pid = int(name)
+            known = self._found.get(pid)
+            if known is not None:
+                if self._still(known):
+                    seen.add(pid)
+                    continue
+                self._found.pop(pid).handle.close()
             try:
-                target = os.readlink(f"/proc/{name}/exe")
+                executable = readable(os.fsencode(os.readlink(f"/proc/{name}/exe")))
             except OSError:
                 continue
-            executable = readable(os.fsencode(target))
-            if executable.removesuffix(DELETED) in self._binaries and self._look(int(name), executable):
-                seen.add(int(name))
+            if executable.removesuffix(DELETED) in self._binaries and self._look(pid, executable):
+                seen.add(pid)
         for pid in self._found.keys() - seen:
             self._found.pop(pid).handle.close()
         if len(seen) > MAX_HYPERVISORS:
             raise MalformedProcError(f"over {MAX_HYPERVISORS} hypervisor processes")
         return [self._found[pid] for pid in sorted(seen)]
 
+    def _still(self, known: Found) -> bool:
+        """Whether a known process is one still. Its handle is of that process alone: once the process has
+        ended, even as a zombie, its link `exe` leads nowhere."""
+        try:
+            known.executable = known.handle.link("exe")
+        except (ProcessGoneError, OSError):
+            return False
+        return known.executable.removesuffix(DELETED) in self._binaries
+
     def _look(self, pid: int, executable: str) -> bool:
-        """Whether this is a hypervisor process, known or new. For a known one this is one short read."""
-        known = self._found.get(pid)
-        if known is not None:
-            try:
-                stat = known.handle.stat()
-                if not stat.ended and stat.start_time == known.start_time:
-                    known.executable = executable
-                    return True
-            except (ProcessGoneError, MalformedProcError, OSError):
-                pass
-            self._found.pop(pid).handle.close()
+        """Takes a new one on; whether that went well."""
         handle = None
         try:
             handle = ProcessHandle(pid)

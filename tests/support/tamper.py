@@ -8,6 +8,7 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from hostd.core.readings import READ
 from hostd.platform.procfs import Vma, parse_maps
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _ATTACH, _DETACH, _POKETEXT, _PEEKTEXT, _GETREGS, _SETREGS, _SINGLESTEP = 16, 17, 4, 1, 12, 13, 9
-SYS_MMAP, SYS_MPROTECT, SYS_OPEN, SYS_MADVISE = 9, 10, 2, 28
+SYS_MMAP, SYS_MPROTECT, SYS_OPEN, SYS_MADVISE, SYS_MEMFD_CREATE = 9, 10, 2, 28, 319
 SYSCALL = b"\x0f\x05"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -112,16 +113,32 @@ def inject_anonymous_code(pid: int) -> int:
     return syscall(pid, SYS_MMAP, 0, 4096, 5, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
 
 
+@contextmanager
+def scratch(pid: int, data: bytes) -> Iterator[int]:
+    """Address of `data` in the process while inside: at the unused end of its stack's mapping."""
+    stack = next(vma for vma in _all(pid) if vma[2] == "[stack]")
+    address = stack[0] + 64
+    saved = read(pid, address, len(data))
+    write(pid, address, data)
+    try:
+        yield address
+    finally:
+        write(pid, address, saved)
+
+
+def map_memory_file(pid: int, content: bytes) -> int:
+    """Code without a path: memfd_create(2), filled, and mapped executable; gives the address."""
+    with scratch(pid, b"payload\0") as name:
+        fd = syscall(pid, SYS_MEMFD_CREATE, name, 0)
+    with open(f"/proc/{pid}/fd/{fd}", "r+b", buffering=0) as file:
+        file.write(content)
+    return syscall(pid, SYS_MMAP, 0, len(content), 5, mmap.MAP_PRIVATE, fd, 0)
+
+
 def map_file(pid: int, path: Path, protection: int = 5, *, length: int | None = None) -> int:
     """Opens and maps a file in the process, as dlopen does; gives the address."""
-    stack = next(vma for vma in _all(pid) if vma[2] == "[stack]")
-    scratch = stack[0] + 64
-    saved = read(pid, scratch, 512)
-    write(pid, scratch, str(path).encode() + b"\0")
-    try:
-        fd = syscall(pid, SYS_OPEN, scratch, os.O_RDONLY, 0)
-    finally:
-        write(pid, scratch, saved)
+    with scratch(pid, str(path).encode() + b"\0") as name:
+        fd = syscall(pid, SYS_OPEN, name, os.O_RDONLY, 0)
     return syscall(pid, SYS_MMAP, 0, length or path.stat().st_size, protection, mmap.MAP_PRIVATE, fd, 0)
 
 
@@ -141,3 +158,44 @@ def flip_page_cache(path: Path, offset: int) -> tuple[int, int]:
         was = shared[offset]
         shared[offset] = was ^ 0xFF
         return was, was ^ 0xFF
+
+
+def hook(pid: int, file: str, function: str) -> int:
+    """Points the slot of a libc function in the GOT of `file` one byte further; gives the slot's address.
+
+    The slot is found as an attacker finds it: by its value, in what the linker made read-only.
+    """
+    own = next(vma for vma in maps(os.getpid()) if "libc.so" in vma.name and vma.offset == 0)
+    there = next(vma for vma in maps(pid) if "libc.so" in vma.name and vma.offset == 0)
+    inside = ctypes.cast(getattr(_libc, function), ctypes.c_void_p).value
+    assert inside is not None
+    wanted = (inside - own.start + there.start).to_bytes(8, "little")
+    for vma in maps(pid):
+        if file in vma.name and vma.protection == READ and vma.offset:
+            at = read(pid, vma.start, vma.end - vma.start).find(wanted)
+            if at >= 0 and not at % 8:
+                write(pid, vma.start + at, (int.from_bytes(wanted, "little") + 1).to_bytes(8, "little"))
+                return vma.start + at
+    raise AssertionError(f"no slot of {function} in {file}")
+
+
+def execute(pid: int, *argv: str, env: dict[str, str]) -> None:
+    """Has the process execute another program: same pid, same start time, another life."""
+    words = [word.encode() + b"\0" for word in (*argv, *(f"{name}={value}" for name, value in env.items()))]
+    text = b"".join(words)
+    at = (-len(text)) % 8 + len(text)
+    address = next(vma for vma in _all(pid) if vma[2] == "[stack]")[0] + 64
+    places, place = [], address
+    for word in words:
+        places.append(place)
+        place += len(word)
+    table = [*places[: len(argv)], 0, *places[len(argv) :], 0]
+    write(pid, address, text.ljust(at, b"\0") + b"".join(item.to_bytes(8, "little") for item in table))
+    code = mapping(pid, "libc.so", 5)
+    site = code.start + read(pid, code.start, code.end - code.start).index(SYSCALL)
+    with attached(pid):
+        wanted = Registers()
+        _ptrace(_GETREGS, pid, 0, ctypes.byref(wanted))
+        wanted.rax, wanted.rip, wanted.orig_rax = 59, site, (1 << 64) - 1
+        wanted.rdi, wanted.rsi, wanted.rdx = address, address + at, address + at + 8 * (len(argv) + 1)
+        _ptrace(_SETREGS, pid, 0, ctypes.byref(wanted))

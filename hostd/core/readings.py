@@ -17,6 +17,7 @@ import msgspec
 
 from hostd.core.reading_boot import BootReading
 from hostd.core.reading_domain import DomainReading
+from hostd.core.reading_hypervisor import Hypervisor as Hypervisor
 from hostd.core.reading_kernel import KernelReading
 from hostd.core.reading_posture import PostureReading as PostureReading
 from hostd.core.reading_relro import RelroReading
@@ -30,26 +31,6 @@ MAX_ALTERED = 64
 
 READ, WRITE, EXEC = 4, 2, 1
 """Protection bits of a mapping, as in `r-x`."""
-
-
-class Hypervisor(Struct, frozen=True):
-    """A hypervisor process and the VM it is. (pid, start_time) names a process for good."""
-
-    pid: Count
-    start_time: Count
-    """Clock ticks after boot, field 22 of /proc/PID/stat."""
-    uid: Count
-    vm: Annotated[str, msgspec.Meta(max_length=36)]
-    """UUID of the VM, lower case; empty if the process does not say one."""
-    name: Annotated[str, msgspec.Meta(max_length=256)]
-    cid: Count
-    """vsock context id, 0 if it has none."""
-    executable: Name
-    """Path that /proc/PID/exe gives."""
-    accel: Annotated[str, msgspec.Meta(max_length=8)]
-    """`kvm` if the process holds a KVM virtual machine, else `tcg`."""
-    source: Annotated[str, msgspec.Meta(max_length=8)]
-    """Who vouches for pid ↔ UUID: `libvirt`, or `proc` (its own command line)."""
 
 
 class GuestsReading(Struct, frozen=True, tag="guests"):

@@ -38,7 +38,7 @@ class DomainReading(Struct, frozen=True, tag="domain"):
     """Clock ticks after boot; (pid, start_time) is the process that the VM was vouched for at that moment."""
     source: Annotated[str, msgspec.Meta(max_length=8)]
     """`libvirt`: the live XML. `proc`: the process's own command line, for development."""
-    type: Label
+    virt: Label
     """`kvm`, `qemu` (emulated)."""
     emulator: Name
     machine: Label

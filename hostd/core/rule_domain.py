@@ -101,7 +101,7 @@ def propose_domain(readings: Iterable[DomainReading], emulators: Iterable[str] =
     models = [{label.partition(" ")[0] for label in reading.labels} for reading in machines]
     return DomainRule(
         emulators=_sorted({*emulators, *(reading.emulator for reading in machines)}),
-        types=_sorted({*(reading.type for reading in machines)} or usual.types),
+        types=_sorted({*(reading.virt for reading in machines)} or usual.types),
         firmware=_sorted(part.target for part in boot if part.kind in BOOT_FIRMWARE),
         kernels=_sorted(part.target for part in boot if part.kind in BOOT_KERNEL),
         arguments=_sorted(text for reading in machines for text in reading.arguments),

@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write a development configuration (embedded TPM, QEMU processes found in /proc)",
     )
     commands.add_parser("mint")
+    commands.add_parser("kernel-images").add_argument("names", nargs="+")
     return parser
 
 
@@ -43,6 +44,11 @@ def main() -> None:
         from hostd.vault.mint import main as mint
 
         mint()
+        return
+    if arguments.command == "kernel-images":
+        from hostd.measurer.kernel_builder import main as build
+
+        build(arguments.names)
         return
     try:
         _run(arguments)

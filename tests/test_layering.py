@@ -38,6 +38,7 @@ OWNERS = {
         *("hostd/platform/tpm*.py", "hostd/platform/swtpm.py"),
     ),
     "libvirt": ("hostd/measurer/*",),
+    "lz4": ("hostd/platform/bzimage.py",),
     "msgspec": ("hostd/*",),
     "prometheus_client": ("hostd/metrics.py",),
     "psutil": ("hostd/measurer/*",),
@@ -46,6 +47,7 @@ OWNERS = {
     "rich": ("hostd/admin/*",),
     "sqlite3": ("hostd/vault/store.py",),
     "tpm2_pytss": ("hostd/platform/tpm*.py",),
+    "zstandard": ("hostd/platform/bzimage.py",),
 }
 """Library → the only files that may name it. A third-party library that is not here is not used."""
 

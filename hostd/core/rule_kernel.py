@@ -49,6 +49,25 @@ def propose_kernel(readings: Iterable[KernelReading]) -> KernelRule:
     """The rule that accepts the host as these readings show it, for an officer to review.
 
     Raises:
-        ValueError: the readings are not one complete pass, or show something altered.
+        ValueError: the readings are not all parts of one plan in order, or show something altered.
     """
-    raise ValueError("not a complete pass")
+    parts = list(readings)
+    if not parts or len(parts) != parts[0].parts:
+        raise ValueError("not a complete reading of the kernel")
+    for number, part in enumerate(parts):
+        if (part.part, part.plan, part.parts) != (number, parts[0].plan, len(parts)):
+            raise ValueError("not a complete reading of the kernel")
+        if part.altered_total:
+            named = part.altered[0].symbol if part.altered else "somewhere"
+            raise ValueError(f"the kernel is altered: {named}")
+    builds: dict[str, set[str]] = {}
+    patched: dict[str, set[str]] = {}
+    for image in parts[0].images:
+        patched.setdefault(image.name, set()).add(image.patched.hex())
+        if image.sha256:
+            builds.setdefault(image.path, set()).add(image.sha256.hex())
+    return KernelRule(
+        builds={path: tuple(sorted(values)) for path, values in sorted(builds.items())},
+        patched={name: tuple(sorted(values)) for name, values in sorted(patched.items())},
+        first_use=tuple(sorted({image.name for image in parts[0].images if not image.sha256})),
+    )

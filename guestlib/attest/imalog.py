@@ -91,6 +91,32 @@ def parse_entries(data: bytes, start: int = 0) -> list[Entry]:
     return entries
 
 
+def whole_entries(data: bytes) -> int:
+    """Byte after the last whole entry, 0 if there is none: where `parse_entries` gets to, without looking
+    into template data (five times as fast).
+
+    Raises:
+        MalformedLogError: an entry's frame cannot be one.
+    """
+    start, size = 0, len(data)
+    while size - start >= _HEAD.size:
+        pcr, _digest, name_length = _HEAD.unpack_from(data, start)
+        if pcr > 23 or not 0 < name_length <= MAX_TEMPLATE_NAME:
+            raise MalformedLogError(start, f"PCR {pcr}, template name of {name_length} bytes")
+        at = start + _HEAD.size + name_length
+        if data[at - name_length : at] == b"ima":
+            at += _SHA1
+        if size - at < _LENGTH.size:
+            break
+        (length,) = _LENGTH.unpack_from(data, at)
+        if length > MAX_TEMPLATE_DATA:
+            raise MalformedLogError(start, f"template data of {length} bytes")
+        if at + _LENGTH.size + length > size:
+            break
+        start = at + _LENGTH.size + length
+    return start
+
+
 def _parse_entry(data: bytes, start: int) -> Entry | None:
     if len(data) - start < _HEAD.size:
         return None

@@ -74,8 +74,9 @@ class Appraiser:
         self.reference = reference
         """May be replaced; everything is judged against the one that is here at the time."""
         self.files = FileBook()
-        self.ima = ImaLog(rules.protected or ("",), rules.accepted)
+        self.ima = ImaLog(rules.protected or ("",), rules.accepted, self._boot_pcrs)
         self._processes = Processes(allow_jit=rules.allow_jit)
+        self._pcrs = rules.pcrs
         self.boot = BootJudge(rules.pcrs)
         self.kernel = KernelJudge()
         self._relro = RelroJudge()
@@ -115,6 +116,11 @@ class Appraiser:
     def learn(self, number: int, reading: FileIdentity | Missing) -> None:
         """Takes in the answer to `AskFile(number)`. The next reading is judged with it."""
         self.files.learn(number, reading)
+
+    def _boot_pcrs(self) -> dict[int, bytes]:
+        """PCRs that this host booted with: those that quotes are compared with, and of the others what the
+        boot event log says, if it agrees with these."""
+        return {**self.boot.values, **self._pcrs}
 
     def _guests(self, reading: GuestsReading) -> Verdict:
         self._running = len(reading.hypervisors)

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from guestlib.attest.imalog import MalformedLogError, parse_entries
+from guestlib.attest.imalog import MalformedLogError, whole_entries
 from hostd.core.readings import ImaReading, Missing
 
 LOG: Final = Path("/sys/kernel/security/ima/binary_runtime_measurements")
@@ -53,10 +53,10 @@ class ImaProbe:
             return Missing(f"the log has no byte {position}", absent=False)
         more = self._fill(MAX_READING_BYTES + 1)
         try:
-            entries = parse_entries(self._held[:MAX_READING_BYTES])
+            # What is in them the judge looks at; here only where the last one ends.
+            end = whole_entries(self._held[:MAX_READING_BYTES])
         except MalformedLogError as error:
             return Missing(f"the log is not an IMA log: {error}"[:512], absent=False)
-        end = entries[-1].end if entries else 0
         if not end and self._held:
             return Missing("the log ends inside an entry", absent=False)
         data, self._held = self._held[:end], self._held[end:]

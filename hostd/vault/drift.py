@@ -7,13 +7,15 @@ until an officer clears it, with a reason, in the ledger.
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from guestlib.errors import HostdError
+from hostd.core.appraise_ima import Accepted
 from hostd.core.codes import Code
 from hostd.core.findings import IMA, Component, Finding, Kind, Severity
 from hostd.vault.custody import LOCKED
@@ -21,7 +23,6 @@ from hostd.vault.custody import LOCKED
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from hostd.core.appraise_ima import Accepted
     from hostd.vault.counters import Counters
     from hostd.vault.custody import Custody, House
     from hostd.vault.gate import Gate
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from hostd.vault.ledger import Ledger
     from hostd.vault.measuring import Measuring
     from hostd.vault.store import Store
+
+_SEEN: Final = re.compile(r"log of boot ([0-9a-f-]{1,36}) read to byte ([0-9]{1,18}) \| ")
 
 
 class Drift:
@@ -78,11 +81,18 @@ class Drift:
                 self._gate.latch(_component(name), (finding,))
                 self._store.put_drift(name, (finding,), _utc_ms(), seq)
         self._store.commit()
+        if (noted := open_drift.get(str(IMA))) is not None:
+            for entry in self._ledger.entries(noted, 1):
+                self._seen_of_log = _seen_of_log(entry.detail)
 
     def react(self, component: Component, findings: tuple[Finding, ...], measuring: Measuring) -> None:
         """A component has drifted, and the gate has latched it: lock and record."""
+        seen = ""
         if component == IMA and measuring.appraiser is not None:
             self._seen_of_log = measuring.appraiser.ima.so_far
+            # In the ledger, for a vault that starts again before an officer has come; nowhere else could it
+            # not be altered, as the keys leave memory with this drift.
+            seen = f"log of boot {self._seen_of_log.boot_id} read to byte {self._seen_of_log.position} | "
         for finding in findings:
             self._counters.count(
                 "hostd_findings_total", kind=str(component.kind), code=finding.code, severity=finding.severity
@@ -99,7 +109,7 @@ class Drift:
         except HostdError as error:
             self._house.set_shut("store", error.message)
         with suppress(HostdError):  # the gate is shut then
-            detail = " | ".join(map(str, findings))
+            detail = seen + " | ".join(map(str, findings))
             self._house.record("drift", outcome="refused", subject=str(component), detail=detail)
 
     def clear(self, component: Component, reason: str, officer: str, measuring: Measuring) -> bool:
@@ -118,6 +128,12 @@ class Drift:
         measuring.restart()
         self._custody.unseal()
         return True
+
+
+def _seen_of_log(detail: str) -> Accepted | None:
+    """What `Drift.react` put into the ledger's entry; None: the IMA log was not read then."""
+    match = _SEEN.match(detail)
+    return None if match is None else Accepted(match[1], int(match[2]))
 
 
 def _component(name: str) -> Component:

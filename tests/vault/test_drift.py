@@ -15,6 +15,7 @@ from hostd.config import Config
 from hostd.core.appraise_ima import Accepted
 from hostd.core.codes import Code
 from hostd.core.findings import BOOT, FILES, IMA, POSTURE, Component, Severity, process_of
+from hostd.core.reference import Reference
 from hostd.ipc.loop import Loop
 from hostd.platform.secretmem import SecretBuffer
 from hostd.vault.counters import Counters
@@ -95,6 +96,9 @@ class Vault:
 
     def new_reference(self) -> None:
         self.measuring.restart()
+
+    def judge_by(self, reference: Reference) -> None:
+        raise AssertionError("nothing retires here")
 
     def kick(self) -> None:
         pass
@@ -245,6 +249,35 @@ def test_an_officer_accepts_the_log_that_was_seen(start: Callable[[], Vault]) ->
     assert wrapped is not None
     body = vault.keyring.unwrap_service_key("ima_accepted", wrapped)
     assert msgspec.msgpack.decode(body, type=Accepted) == Accepted("boot", 100)
+
+
+def test_a_log_that_was_seen_before_a_restart_is_accepted_at_once(start: Callable[[], Vault]) -> None:
+    vault = start()
+    boot = "0a1b2c3d-0000-4000-8000-000000000000"
+    vault.measuring.so_far = Accepted(boot, 100)
+    vault.find(IMA)
+    vault = start()
+    vault.keyring.lock()
+    # Nothing is read while the keys are locked: the log's position is that of the ledger.
+    vault.measuring.so_far = Accepted("", 0)
+    assert vault.clear(IMA)
+    assert vault.keyring.unlocked
+    wrapped = vault.store.meta("ima_accepted")
+    assert wrapped is not None
+    body = vault.keyring.unwrap_service_key("ima_accepted", wrapped)
+    assert msgspec.msgpack.decode(body, type=Accepted) == Accepted(boot, 100)
+
+
+@pytest.mark.parametrize("boot", ["x" * 36, ""])
+def test_a_position_that_the_ledger_does_not_have_accepts_nothing(
+    start: Callable[[], Vault], boot: str
+) -> None:
+    vault = start()
+    vault.measuring.so_far = Accepted(boot, 100)
+    vault.find(IMA)
+    vault = start()
+    assert vault.clear(IMA)
+    assert vault.store.meta("ima_accepted") is None
 
 
 def test_clearing_another_component_accepts_no_log(start: Callable[[], Vault]) -> None:

@@ -1,40 +1,47 @@
 """What the readings cost, in process, for `make bench`.
 
-`bench_readings` gives milliseconds, the median of many, for the hypervisor processes that run now;
-`bench_started` starts some idle ones of its own first (`python -m hostd.measurer.bench 1`).
-`pass.request_scoped_ms` is what one request of one VM waits for: the host's readings, the shared
-files and its own process (docs/architecture.md). `naive_ms` is the plain way to the same knowledge:
-SHA-256 over each process's mapped code and constants, read through /proc/PID/mem.
+`python -m hostd.measurer.bench BINARY ROUNDS` measures the hypervisor processes of `BINARY` that run now and
+prints one JSON object: milliseconds, each the median of many rounds. It is a process of its own, with
+what the measurer role has in it, so that its memory is the measurer's.
+
+- `request_scoped_ms`: what one request of one VM waits for: every reading of the host but the kernel's, and
+  every reading of that VM (docs/architecture.md);
+- `sweep_ms`: every reading of the host but the kernel's, and of every VM;
+- `naive_ms`: the plain way to a part of the same knowledge, SHA-256 over each process's mapped code and
+  constants, read through /proc/PID/mem;
+- `bandwidth_gbps`: how fast this machine reads memory (memchr over 256 MiB, the better of one and
+  two threads): the bound that no way of reading content can pass.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import json
+import mmap
 import os
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
+import threading
 import time
-import uuid
 from typing import TYPE_CHECKING, Final
 
 from hostd.config import Config, Hypervisor
-from hostd.core.findings import Kind
-from hostd.core.readings import FilesReading, ProcessReading
+from hostd.core.findings import VM_KINDS, Kind
+from hostd.core.readings import FilesReading, Missing, ProcessReading
 from hostd.ipc.measuring import Ask, AskFile
+from hostd.measurer import main as role
 from hostd.measurer.probes import Measurer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hostd.core.readings import Hypervisor as HypervisorReading
+    from hostd.core.readings import Reading
 
-QEMU: Final = "/usr/bin/qemu-system-x86_64"
-MODULES: Final = "/usr/lib/x86_64-linux-gnu/qemu"
-"""Where QEMU's modules are; a copied binary would look beside itself."""
-SETTLE_S: Final = 2.0
+BANDWIDTH_BYTES: Final = 256 << 20
+READY_S: Final = 30.0
+"""For a probe that works something out first (relocations, identities)."""
+HOST_KINDS: Final = tuple(kind for kind in Kind if kind not in VM_KINDS and kind is not Kind.KERNEL)
 
 
 class BenchError(Exception):
@@ -42,88 +49,100 @@ class BenchError(Exception):
 
 
 def bench_readings(config: Config, *, rounds: int = 100) -> dict[str, float]:
-    """Milliseconds of each reading, of a whole request-scoped pass, of a sweep over all VMs and of the
-    naive way; and `vms`, `files`, `megabytes`.
+    """The figures above, `reading.<kind>_ms` for every kind that this host has, `vms`, `files`,
+    `megabytes`, `identify_all_ms`, and `private_mb`, `rss_mb` of this process.
 
     Raises:
         BenchError: no hypervisor process runs, or one cannot be read.
     """
     measurer = Measurer(config)
     try:
-        return _bench(measurer, rounds)
+        return _Bench(measurer, rounds).figures()
     finally:
         measurer.close()
 
 
-def _bench(measurer: Measurer, rounds: int) -> dict[str, float]:
-    measurer.answer(Ask(0, Kind.GUESTS))
-    vms = [guest.hypervisor for guest in measurer.guests.guests]
-    if not vms:
-        raise BenchError("no hypervisor process runs")
-    first = vms[0].vm
-    for vm in vms:
-        reading = _process(measurer, vm)
-        if not isinstance(reading, ProcessReading) or reading.altered_total:
-            raise BenchError(f"pid {vm.pid} cannot be read, or is not as it should be")
-    files = measurer.answer(Ask(0, Kind.FILES))
-    if not isinstance(files, FilesReading):
-        raise BenchError("the files cannot be read")
-    numbers = {segment.file for segment in files.segments}
-    started = time.perf_counter()
-    for number in numbers:
-        measurer.answer(AskFile(0, number))
-    figures = {
-        "vms": float(len(vms)),
-        "files": float(len(numbers)),
-        "megabytes": sum(segment.length for segment in files.segments) / 1e6,
-        "identify_all_ms": (time.perf_counter() - started) * 1e3,
-    }
-    for kind in (Kind.GUESTS, Kind.POSTURE, Kind.IMA, Kind.FILES):
-        figures[f"{kind}_ms"] = _median(lambda kind=kind: measurer.answer(Ask(0, kind)), rounds)  # type: ignore[misc]
-    figures["process_ms"] = _median(lambda: measurer.answer(Ask(0, Kind.PROCESS, first)), rounds)
+class _Bench:
+    def __init__(self, measurer: Measurer, rounds: int) -> None:
+        self._measurer = measurer
+        self._rounds = rounds
+        measurer.answer(Ask(0, Kind.GUESTS))
+        self._vms = [guest.hypervisor.vm for guest in measurer.guests.guests]
+        if not self._vms:
+            raise BenchError("no hypervisor process runs")
+        self._kinds: list[Kind] = []
 
-    def request_scoped() -> None:
-        for kind in (Kind.GUESTS, Kind.POSTURE, Kind.IMA, Kind.FILES, Kind.PROCESS):
-            measurer.answer(Ask(0, kind, first))
+    def figures(self) -> dict[str, float]:
+        figures = self._identify()
+        self._kinds = [kind for kind in Kind if self._ready(kind)]
+        first = self._vms[0]
+        for kind in self._kinds:
+            figures[f"reading.{kind}_ms"] = _median(lambda kind=kind: self._ask(kind, first), self._rounds)  # type: ignore[misc]
+        if Kind.KERNEL in self._kinds:
+            figures["kernel_ms"] = figures.pop("reading.kernel_ms")
+            self._kinds.remove(Kind.KERNEL)
+        figures["request_scoped_ms"] = _median(self._request_scoped, self._rounds)
+        few = max(5, self._rounds // len(self._vms))
+        began = time.process_time()
+        figures["sweep_ms"] = _median(self._sweep, few)
+        figures["sweep_cpu_ms"] = (time.process_time() - began) / few * 1e3
+        figures["private_mb"], figures["rss_mb"] = _memory()
+        figures["naive_ms"] = _median(self._naive, 3 if len(self._vms) < 50 else 1)
+        figures["bandwidth_gbps"] = _bandwidth()
+        return figures
 
-    figures["pass.request_scoped_ms"] = _median(request_scoped, rounds)
+    def _ask(self, kind: Kind, vm: str) -> Reading:
+        return self._measurer.answer(Ask(0, kind, vm if kind in VM_KINDS else ""))
 
-    def sweep() -> None:
-        for kind in (Kind.GUESTS, Kind.POSTURE, Kind.IMA, Kind.FILES):
-            measurer.answer(Ask(0, kind))
-        for vm in vms:
-            _process(measurer, vm)
+    def _identify(self) -> dict[str, float]:
+        for vm in self._vms:
+            reading = self._ask(Kind.PROCESS, vm)
+            if not isinstance(reading, ProcessReading) or reading.altered_total:
+                raise BenchError(f"{vm} cannot be read, or is not as it should be: {reading}")
+        files = self._ask(Kind.FILES, "")
+        if not isinstance(files, FilesReading):
+            raise BenchError("the files cannot be read")
+        numbers = {segment.file for segment in files.segments}
+        began = time.perf_counter()
+        for number in numbers:
+            self._measurer.answer(AskFile(0, number))
+        return {
+            "vms": float(len(self._vms)),
+            "files": float(len(numbers)),
+            "megabytes": sum(segment.length for segment in files.segments) / 1e6,
+            "identify_all_ms": (time.perf_counter() - began) * 1e3,
+        }
 
-    few = max(3, rounds // 10)
-    figures["pass.sweep_ms"] = _median(sweep, few)
-    figures["naive_ms"] = _median(lambda: _naive(measurer), 3)
-    return figures
+    def _ready(self, kind: Kind) -> bool:
+        """Whether this host has such readings; waits until they are there, of every VM."""
+        until = time.monotonic() + READY_S
+        for vm in self._vms if kind in VM_KINDS else [""]:
+            while isinstance(reading := self._ask(kind, vm), Missing):
+                if reading.absent or time.monotonic() > until:
+                    return False
+                time.sleep(0.01)
+        return True
 
+    def _request_scoped(self) -> None:
+        for kind in self._kinds:
+            self._ask(kind, self._vms[0])
 
-def bench_started(count: int, *, binary: str = QEMU, rounds: int = 100) -> dict[str, float]:
-    """`bench_readings` with `count` idle machines started from a copy of `binary`, so that other hypervisor
-    processes of this host are not in the figures."""
-    with tempfile.TemporaryDirectory() as directory:
-        copy = shutil.copy(binary, directory)
-        config = Config(hypervisor=Hypervisor(binaries=(copy,), provider="proc", allow_jit=True))
-        arguments = [copy, "-accel", "tcg", "-machine", "none", "-S", "-display", "none", "-nodefaults"]
-        started = [
-            subprocess.Popen(
-                [*arguments, "-uuid", str(uuid.uuid4())], env={**os.environ, "QEMU_MODULE_DIR": MODULES}
-            )
-            for _ in range(count)
-        ]
-        try:
-            time.sleep(SETTLE_S)
-            return bench_readings(config, rounds=rounds)
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
+    def _sweep(self) -> None:
+        for kind in self._kinds:
+            for vm in self._vms if kind in VM_KINDS else [""]:
+                self._ask(kind, vm)
 
-
-def _process(measurer: Measurer, hypervisor: HypervisorReading) -> object:
-    return measurer.answer(Ask(0, Kind.PROCESS, hypervisor.vm))
+    def _naive(self) -> None:
+        digest = hashlib.sha256()
+        for guest in self._measurer.guests.guests:
+            reading = self._measurer.processes.read(guest.hypervisor, guest.found.handle)
+            memory = guest.found.handle.open("mem")
+            try:
+                for mapping in reading.mappings:
+                    if mapping.file is not None:
+                        digest.update(os.pread(memory, mapping.end - mapping.start, mapping.start))
+            finally:
+                os.close(memory)
 
 
 def _median(work: Callable[[], object], rounds: int) -> float:
@@ -135,20 +154,40 @@ def _median(work: Callable[[], object], rounds: int) -> float:
     return statistics.median(took)
 
 
-def _naive(measurer: Measurer) -> bytes:
-    digest = hashlib.sha256()
-    for guest in measurer.guests.guests:
-        reading = measurer.processes.read(guest.hypervisor, guest.found.handle)
-        memory = guest.found.handle.open("mem")
-        try:
-            for mapping in reading.mappings:
-                if mapping.file is not None:
-                    digest.update(os.pread(memory, mapping.end - mapping.start, mapping.start))
-        finally:
-            os.close(memory)
-    return digest.digest()
+def _memory() -> tuple[float, float]:
+    """Megabytes of this process alone (Private_Clean + Private_Dirty of smaps_rollup), and Rss."""
+    with open("/proc/self/smaps_rollup") as lines:
+        sizes = {
+            name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if rest
+        }
+    return (sizes["Private_Clean"] + sizes["Private_Dirty"]) / 1024, sizes["Rss"] / 1024
+
+
+def _bandwidth() -> float:
+    """GB/s of reading memory that no cache holds."""
+    libc = ctypes.CDLL(None)
+    libc.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    with mmap.mmap(-1, BANDWIDTH_BYTES) as memory:
+        whole = ctypes.c_char.from_buffer(memory)
+        address = ctypes.addressof(whole)
+        ctypes.memset(address, 1, BANDWIDTH_BYTES)
+        half = BANDWIDTH_BYTES // 2
+
+        def two() -> None:
+            other = threading.Thread(target=libc.memchr, args=(address, 0, half))
+            other.start()
+            libc.memchr(address + half, 0, half)
+            other.join()
+
+        took = min(
+            _median(lambda: libc.memchr(address, 0, BANDWIDTH_BYTES), 7),
+            _median(two, 7),
+        )
+        del whole
+    return BANDWIDTH_BYTES / took / 1e6
 
 
 if __name__ == "__main__":
-    for name, value in bench_started(int(sys.argv[1]) if len(sys.argv) > 1 else 1).items():
-        print(f"{name:28} {value:10.3f}")
+    assert role.run
+    configured = Config(hypervisor=Hypervisor(binaries=(sys.argv[1],), provider="proc", allow_jit=True))
+    print(json.dumps(bench_readings(configured, rounds=int(sys.argv[2]))))

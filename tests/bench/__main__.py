@@ -1,7 +1,8 @@
-"""`python -m tests.bench`: starts a hostd and one QEMU of its own and measures them.
+"""`python -m tests.bench`: measures the readings (`tests.bench.measuring`), then a whole hostd with one QEMU.
 
 Every figure says how it was taken. T, the time of one complete request-scoped pass of readings, is
-taken in the same run, because a gated request cannot be answered faster.
+taken in the same run, because a gated request cannot be answered faster. `--only measuring` leaves out
+the hostd.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from guestlib.attest.bundle import parse_bundle
-from hostd.config import Config, Hypervisor
-from hostd.measurer.bench import bench_readings
+from tests.bench import measuring
 from tests.bench.report import Report, median, percentile
 from tests.e2e.harness import Host, Settings, adopted, directory, machine, until
 from tests.support.qemu import copy_of_qemu
@@ -90,24 +90,6 @@ def cpu_seconds(pids: dict[str, int]) -> dict[str, float]:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         found[role] = (int(fields[11]) + int(fields[12])) / ticks
     return found
-
-
-def readings(report: Report, binary: Path) -> None:
-    """T: the measurer's code alone, in this process."""
-    config = Config(hypervisor=Hypervisor(binaries=(str(binary),), provider="proc", allow_jit=True))
-    rounds = 100
-    figures = bench_readings(config, rounds=rounds)
-    note = "measurer's readings called in process, one idle QEMU (-machine none, TCG), median"
-    for name in ("guests_ms", "posture_ms", "ima_ms", "files_ms", "process_ms", "pass.request_scoped_ms"):
-        target = name if name.startswith("pass.") else f"reading.{name}"
-        report.add(target, figures[name], "ms", samples=rounds, note=note)
-    report.add(
-        "pass.naive_ms",
-        figures["naive_ms"],
-        "ms",
-        samples=3,
-        note="SHA-256 over all mapped code, for comparison",
-    )
 
 
 def gate(report: Report, host: Host, key: str, seconds: float) -> None:
@@ -223,19 +205,26 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="length of each load (default: %(default)s)"
     )
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--only", choices=["measuring"], help="leave out everything else")
+    arguments = parser.parse_args()
+    seconds = arguments.seconds
     if os.geteuid() != 0:
         sys.exit("error: needs root: it reads the memory of a QEMU")
     report = Report()
+    measuring.readings(report)
+    measuring.log(report)
+    if arguments.only:
+        report.write()
+        return
     with directory() as place:
         binary = copy_of_qemu(place)
         with machine(binary), adopted(binary, Settings()) as host:
-            readings(report, binary)
             bundle = parse_bundle((host.directory / "trust.json").read_bytes())
             assert bundle.channel_ca is not None
             (host.directory / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(bundle.channel_ca))
             client = host.client()
             until(lambda: client.health().gate == "open", "the gate is open")
+            measuring.idle(report, host)
             key = client.create_key().key.id
             gate(report, host, key, seconds)
             memory(report, host)

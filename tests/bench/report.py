@@ -13,6 +13,15 @@ if TYPE_CHECKING:
 TARGETS: dict[str, dict[str, float]] = {
     "gate.throughput_rps": {"at_least": 1000},
     "gate.latency_ms.p50": {"at_most": 30},
+    "pass.request_scoped_ms.1": {"at_most": 5},
+    "pass.request_scoped_ms.10": {"at_most": 5},
+    "pass.request_scoped_ms.100": {"at_most": 5},
+    "sweep.ms.100": {"at_most": 100},
+    "sweep.naive_ratio": {"at_least": 15},
+    "ima.replay_s": {"at_most": 1},
+    "ima.idle_us": {"at_most": 1000},
+    "measure.idle_cpu_percent": {"at_most": 1},
+    "measure.rss_mb": {"at_most": 60},
 }
 PATH = Path("build/bench.json")
 NOISE = "shared machine: compare runs, not single figures"

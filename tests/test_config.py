@@ -12,6 +12,7 @@ import pytest
 
 from hostd import config
 from hostd.config import MAX_CONFIG_BYTES, Config, ConfigError, load_config, parse_config, uid_of
+from hostd.core.findings import Kind
 
 
 def parse(text: str) -> Config:
@@ -27,7 +28,7 @@ def refused(text: str) -> str:
 
 def test_an_empty_file_is_the_defaults_and_they_check_everything() -> None:
     assert parse("") == Config()
-    assert set(Config().measure.require) == {"posture", "ima", "files"}
+    assert set(Config().measure.require) == {str(k) for k in Kind} - {"guests", "process"}
     assert 10 not in Config().tpm.pcrs
     assert not Config().hypervisor.allow_jit
     assert Config().drift.recovery == "officer"
@@ -58,7 +59,7 @@ def test_an_unknown_section_is_named() -> None:
         ("[gate]\ndeadline_s = inf", "$.gate.deadline_s"),
         ("[measure]\ndeadline_s = nan", "$.measure.deadline_s"),
         ("[measure]\nsweep_s = inf", "$.measure.sweep_s"),
-        ('[measure]\nrequire = ["boot"]', "$.measure.require"),
+        ('[measure]\nrequire = ["guests"]', "$.measure.require"),
         ('[measure]\nrequire = "ima"', "$.measure.require"),
         ('[measure]\nprotected = "/usr/"', "$.measure.protected"),
         ("[tpm]\npcrs = [24]", "$.tpm.pcrs"),

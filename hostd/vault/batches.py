@@ -5,8 +5,8 @@
                                                                  ┘
 Execution comes after the verdict, never before: in a drifted state no key is touched. The quote runs
 in the TPM's thread while the disk works. `confirm` reads again what can change quickly: the IMA log,
-which must replay to the PCR 10 of this quote, and the process and mappings of every VM in the
-batch; these readings start after the quote was taken. One batch is under way at a time; the ring goes
+which must replay to the PCR 10 of this quote, and the process, mappings and relocated data of every VM in
+the batch; these readings start after the quote was taken. One batch is under way at a time; the ring goes
 on reading meanwhile.
 """
 
@@ -21,7 +21,7 @@ from guestlib.attest.binding import pass_qualifying
 from guestlib.attest.imalog import PCR as IMA_PCR
 from guestlib.errors import CallerError, HostdError, RefusedDriftError, UnavailableError
 from hostd.core.codes import Code
-from hostd.core.findings import BOOT, FILES, GUESTS, IMA, Finding, Kind, Severity, Status
+from hostd.core.findings import BOOT, FILES, GUESTS, IMA, VM_KINDS, Finding, Kind, Severity, Status
 from hostd.ipc.serving import Receipt
 from hostd.platform.tpm_errors import TpmError
 from hostd.vault.ledger import Entry
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from hostd.vault.waiting import Pass, Waiting
 
 
+SECOND_LOOK: Final = frozenset({Kind.PROCESS, Kind.RELRO})
+"""Kinds of each VM in the batch that are read again after the quote, besides the IMA log."""
 CONFIRM_S: Final = 5.0
 """For the second look. Over it the batch is withheld."""
 MAX_PENDING: Final = 16
@@ -133,7 +135,7 @@ class Batches:
         if taken is None:
             return
         requests, passed = taken
-        confirm = frozenset(c for c, _ in passed.readings if c == IMA or c.kind is Kind.PROCESS)
+        confirm = frozenset(c for c, _ in passed.readings if c == IMA or c.kind in SECOND_LOOK)
         self._batch = batch = _Batch([], passed, confirm, now)
         wall = time.time_ns() // 1_000_000
         shredded = False
@@ -253,7 +255,7 @@ class Batches:
             again = any(batch.tries.get(c) for c in unseen)
             for component in (*unseen, FILES, GUESTS) if again else unseen:
                 if component not in self._measuring.busy and self._measuring.ready:
-                    self._gate.asked(component, time.monotonic_ns())
+                    self._gate.ring.asked(component, time.monotonic_ns())
                     self._measuring.ask(component)
             return
         self._finish(batch)
@@ -277,7 +279,7 @@ class Batches:
         """Whether a machine has ended, by a reading of after the quote: only its own requests rest on it."""
         guests = self._gate.stamps.get(GUESTS)
         return (
-            component.kind is Kind.PROCESS
+            component.kind in VM_KINDS
             and self._gate.hypervisor(component.vm) is None
             and guests is not None
             and guests.started >= batch.quoted_at

@@ -20,12 +20,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from guestlib.errors import (
-    DeadlineError,
-    OverloadedError,
-    RefusedDriftError,
-    UnavailableError,
-)
+from guestlib.errors import DeadlineError, OverloadedError, RefusedDriftError, UnavailableError
 from hostd.core.findings import (
     BOOT,
     FILES,
@@ -41,21 +36,22 @@ from hostd.core.findings import (
     Status,
     Verdict,
 )
+from hostd.vault.observers import Observers
+from hostd.vault.ring import Ring
 from hostd.vault.waiting import Pass, Refused, Stamp, Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from hostd.core.callers import Caller
     from hostd.core.readings import Hypervisor
 
-MAX_OBSERVERS_PER_CALLER = 16
-PENDING_PAUSE_NS = 10_000_000
-"""A pending component is not read again before 10 ms are over."""
 HOST_COMPONENTS = frozenset({GUESTS, BOOT, POSTURE, IMA, KERNEL, FILES, SELF})
 STANDING = frozenset({Kind.DOMAIN})
 """Kinds that change by events of their own and are read in turn and on hints: a request rests on the
-latest reading of its VM's process, whenever that started, instead of on one of its own."""
+latest reading of its VM's, if that is not too old, instead of on one of its own."""
+STANDING_NS = 20_000_000_000
+"""How old a standing reading may be when a request arrives: four sweeps."""
 
 
 @dataclass(slots=True)
@@ -68,19 +64,29 @@ class Gate:
     """State of measurement and the requests that wait for it."""
 
     def __init__(
-        self, *, require: frozenset[Kind], host_scope: bool, waiting_per_caller: int, batch: int
+        self,
+        *,
+        require: frozenset[Kind],
+        host_scope: bool,
+        waiting_per_caller: int,
+        batch: int,
+        sweep_ns: int = 5_000_000_000,
+        standing_ns: int = STANDING_NS,
     ) -> None:
         self._require = require
+        self._standing_ns = standing_ns
         self._host_scope = host_scope
         self._per_caller = waiting_per_caller
         self._batch = batch
         self._stamps: dict[Component, Stamp] = {}
-        self._asked: dict[Component, int] = {}
         self._latched: dict[Component, tuple[Finding, ...]] = {}
         self._queues: dict[Caller, _Queue] = {}
         self._turn: deque[Caller] = deque()
         self._hypervisors: dict[str, Hypervisor] = {}
-        self._observers: list[Waiting] = []
+        self._known = HOST_COMPONENTS
+        self._observers = Observers()
+        self.ring = Ring(sweep_ns, HOST_COMPONENTS)
+        """Which component is read next."""
         self._passes = 0
         self._readings = 0
         self.shut: str | None = "starting"
@@ -94,10 +100,7 @@ class Gate:
             return HOST_COMPONENTS | _of_vm(caller.vm)
         if caller.officer:
             return HOST_COMPONENTS
-        return self._all()
-
-    def _all(self) -> frozenset[Component]:
-        return HOST_COMPONENTS.union(*map(_of_vm, self._hypervisors))
+        return self._known
 
     def acceptable(self, component: Component, status: Status) -> bool:
         """Whether a reading so judged is enough. Absent is, only where it is not required."""
@@ -152,16 +155,18 @@ class Gate:
             and (hypervisor.pid, hypervisor.start_time) == (caller.pid, caller.start_time)
         )
 
-    def _holds(self, request: Waiting, component: Component) -> bool:
+    def _valid_until(self, component: Component) -> int:
+        """A request that arrived by then has a good reading of the component. -1: there is none."""
         stamp = self._stamps.get(component)
-        return (
-            stamp is not None
-            and (component.kind in STANDING or stamp.started >= request.arrived)
-            and self.acceptable(component, stamp.status)
-        )
+        if stamp is None or not self.acceptable(component, stamp.status):
+            return -1
+        return stamp.started + (self._standing_ns if component.kind in STANDING else 0)
 
-    def _may_execute(self, request: Waiting) -> bool:
-        return self.bound(request.caller) and all(self._holds(request, c) for c in self.needs(request.caller))
+    def _may_execute(self, caller: Caller) -> int:
+        """Requests of the caller that arrived by then have all the readings they need. -1: none has."""
+        if not self.bound(caller):
+            return -1
+        return min(map(self._valid_until, self.needs(caller)))
 
     def take(self, now: int) -> tuple[list[Waiting], Pass] | None:
         """The next batch that may execute now, callers in turn, and the pass it rests on."""
@@ -176,14 +181,14 @@ class Gate:
             caller = self._turn[0]
             self._turn.rotate(-1)
             requests = self._queues[caller].requests
+            until = self._may_execute(caller) if self.latched_for(caller) is None else -1
             taken = 0
             while (
                 requests
                 and taken < share
                 and len(batch) < self._batch
                 and requests[0].deadline > now
-                and self.latched_for(caller) is None
-                and self._may_execute(requests[0])
+                and requests[0].arrived <= until
             ):
                 batch.append(requests.popleft())
                 taken += 1
@@ -218,7 +223,7 @@ class Gate:
     def leave(self, caller: Caller) -> None:
         """The caller's channel is gone: its requests and observers too."""
         self.drop(caller)
-        self._observers = [o for o in self._observers if o.caller != caller]
+        self._observers.leave(caller)
 
     def _forget_empty(self) -> None:
         for caller in [c for c, q in self._queues.items() if not q.requests]:
@@ -247,84 +252,54 @@ class Gate:
         Raises:
             OverloadedError: the caller has too many.
         """
-        if sum(o.caller == observer.caller for o in self._observers) >= MAX_OBSERVERS_PER_CALLER:
-            raise OverloadedError("too many requests for evidence are waiting")
-        self._observers.append(observer)
+        self._observers.add(observer)
 
     def observed(self, now: int) -> list[Waiting]:
         """Those whose readings are all there, or whose time is over: they are told how it stands."""
-        ready = [
-            o
-            for o in self._observers
-            if o.deadline <= now or all(self._seen(o, c) for c in self.needs(o.caller))
-        ]
-        if ready:
-            self._observers = [o for o in self._observers if o not in ready]
-        return ready
+        return self._observers.take(now, lambda o: not self._unseen(o))
 
-    def _seen(self, observer: Waiting, component: Component) -> bool:
-        stamp = self._stamps.get(component)
-        return (
-            stamp is not None
-            and (component.kind in STANDING or stamp.started >= observer.arrived)
-            and stamp.status is not Status.PENDING
-        )
+    def _unseen(self, observer: Waiting) -> set[Component]:
+        return {
+            c
+            for c in self.needs(observer.caller)
+            if (stamp := self._stamps.get(c)) is None
+            or stamp.status is Status.PENDING
+            or stamp.started + (self._standing_ns if c.kind in STANDING else 0) < observer.arrived
+        }
 
     # ── Readings ──────────────────────────────────────────────────────────────────────────────────
 
-    def wanted(self, busy: frozenset[Component]) -> Component | None:
-        """The component to read next: of those that some request waits for, the one not asked for
-        the longest. `busy` are being read. None: nobody waits for a reading."""
-        wanted: set[Component] = set()
+    def next_reading(self, now: int, takes: Callable[[Component], bool]) -> Component | None:
+        """The component to ask for now; it counts as asked for. `takes` says which the measurer takes.
+        None: nothing is to be read, or it takes none of that."""
+        component = self.ring.next(now, lacking=self._lacking(), stamps=self._stamps, takes=takes)
+        if component is not None:
+            self.ring.asked(component, now)
+        return component
+
+    def _lacking(self) -> set[Component]:
+        """What those who wait still need: the newest of a caller's requests, and each observer."""
+        lacking: set[Component] = set()
         for queue in self._queues.values():
             if queue.requests and self.latched_for(queue.caller) is None:
-                newest = queue.requests[-1]
-                wanted |= {c for c in self.needs(queue.caller) if not self._holds(newest, c)}
+                newest = queue.requests[-1].arrived
+                lacking |= {c for c in self.needs(queue.caller) if self._valid_until(c) < newest}
         for observer in self._observers:
-            wanted |= {c for c in self.needs(observer.caller) if not self._seen(observer, c)}
-        wanted |= {c for process in tuple(wanted) for c in self._behind(process)}
-        return min(wanted - busy, key=lambda c: (self._asked.get(c, -1), c), default=None)
+            lacking |= self._unseen(observer)
+        return lacking.union(*map(self._behind, lacking))
 
     def _behind(self, component: Component) -> set[Component]:
-        """What a process that is pending may be waiting for, unless it was read since: the shared files
-        (what it has mapped meanwhile) and the list of machines (it ended, or was started again)."""
+        """What a component that is pending may be waiting for, unless it was read since: the shared files
+        (what a process has mapped meanwhile) and the list of machines (it ended, or was started again)."""
         stamp = self._stamps.get(component)
-        if component.kind not in VM_KINDS or stamp is None or stamp.status is not Status.PENDING:
+        if stamp is None or stamp.status is not Status.PENDING:
             return set()
-        return {
-            c for c in (FILES, GUESTS) if (s := self._stamps.get(c)) is None or s.started <= stamp.started
-        }
-
-    def stale(self, now: int, sweep: int, busy: frozenset[Component]) -> Component | None:
-        """The sweep's next: a component, any VM's included, not asked for since `sweep` nanoseconds,
-        or since a sixteenth of that if it was pending (a VM that starts is soon known)."""
-        known = self._all()
-        due = [
-            (self._asked.get(c, -1), c)
-            for c in known - busy
-            if self._asked.get(c, -1) < now - (sweep if self._settled(c) else sweep // 16)
-        ]
-        return min(due)[1] if due else None
-
-    def paused(self, now: int) -> frozenset[Component]:
-        """Components that were found pending a moment ago: reading them again at once would spin."""
-        return frozenset(
-            c
-            for c, stamp in self._stamps.items()
-            if stamp.status is Status.PENDING and self._asked.get(c, -1) > now - PENDING_PAUSE_NS
-        )
-
-    def _settled(self, component: Component) -> bool:
-        stamp = self._stamps.get(component)
-        return stamp is not None and stamp.status is not Status.PENDING
-
-    def asked(self, component: Component, now: int) -> None:
-        self._asked[component] = now
+        found = {FILES} if component == SELF else {FILES, GUESTS} if component.kind in VM_KINDS else set()
+        return {c for c in found if (s := self._stamps.get(c)) is None or s.started <= stamp.started}
 
     def hint(self, component: Component) -> None:
-        """Something may have happened to the component: it is the sweep's next."""
-        if component in self._all():
-            self._asked.pop(component, None)
+        """Something may have happened to the component: it is read soon."""
+        self.ring.bring_forward(component)
 
     def guests(self, hypervisors: Iterable[Hypervisor]) -> None:
         """Takes note of which VM is which process, from a judged reading of `guests`."""
@@ -333,7 +308,8 @@ class Gate:
         gone |= {c.vm for c in self._stamps if c.vm and c.vm not in self._hypervisors}
         for component in [c for c in self._stamps if c.vm in gone]:
             del self._stamps[component]
-            self._asked.pop(component, None)
+        self._known = HOST_COMPONENTS.union(*map(_of_vm, self._hypervisors))
+        self.ring.exist(self._known, anew={c for c in self._known if c.vm in gone})
 
     def hypervisor(self, vm: str) -> Hypervisor | None:
         return self._hypervisors.get(vm)
@@ -347,6 +323,7 @@ class Gate:
         component = verdict.component
         self._readings += 1
         self._stamps[component] = Stamp(self._readings, started, ended, verdict.status)
+        self.ring.judged(component, pending=verdict.status is Status.PENDING)
         if verdict.status is Status.DRIFTED:
             return self.latch(component, verdict.findings)
         if verdict.status is Status.ABSENT and not self.acceptable(component, verdict.status):
@@ -367,13 +344,20 @@ class Gate:
     def clear(self, component: Component) -> bool:
         """An officer has cleared this drift; a new good reading is still needed. False: it had none."""
         self._stamps.pop(component, None)
+        self.ring.bring_forward(component)
         return self._latched.pop(component, None) is not None
 
     def lose_measurer(self) -> None:
         """No stamp survives the loss of the measurer."""
         self._stamps.clear()
-        self._asked.clear()
         self._hypervisors.clear()
+        self._known = HOST_COMPONENTS
+        self.ring.exist(HOST_COMPONENTS, anew=HOST_COMPONENTS)
+
+    @property
+    def known(self) -> frozenset[Component]:
+        """Every component there is: the host's, and those of each VM."""
+        return self._known
 
     @property
     def latched(self) -> dict[Component, tuple[Finding, ...]]:

@@ -1,8 +1,9 @@
 """The vault's end of the measurer: asks, deadlines, appraisal.
 
 The vault asks and takes the time of its own asking as the reading's start; the measurer's clock is
-never trusted for freshness. At most `MAX_READINGS` component readings are asked for at once, so that
-the measurer never idles while somebody waits and nothing piles up. A reading that misses its
+never trusted for freshness. There are two lanes, because the measurer reads the kernel in a thread of its
+own: one reading of the kernel, and at most `MAX_READINGS` of other components, are asked for at
+once, so that the measurer never idles while somebody waits and nothing piles up. A reading that misses its
 deadline, or a record that does not fit what was asked, ends the connection: every stamp is lost, and
 the measurer is connected to again.
 """
@@ -14,7 +15,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
-from hostd.core.findings import Component, Kind, Status, Verdict
+from hostd.core.findings import KERNEL, Component, Kind, Status, Verdict
 from hostd.core.reading_boot import BootReading
 from hostd.core.reading_domain import DomainReading
 from hostd.core.reading_kernel import KernelReading
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from hostd.ipc.loop import Loop
 
 MAX_READINGS: Final = 2
+"""Of other components than the kernel."""
 MAX_LOG_BYTES: Final = 64 << 20
 """About 450,000 entries; over it the log is no longer held and IMA is not good."""
 MAX_SURVEYED: Final = 500_000
@@ -232,7 +234,14 @@ class Measuring:
 
     @property
     def has_room(self) -> bool:
-        return self.ready and self.appraiser is not None and len(self.busy) < MAX_READINGS
+        return self.ready and self.appraiser is not None and len(self.busy) <= MAX_READINGS
+
+    def takes(self, component: Component) -> bool:
+        """Whether the component may be asked for now: it is not being read, and its lane has room."""
+        busy = self.busy
+        if component in busy:
+            return False
+        return component == KERNEL or len(busy - {KERNEL}) < MAX_READINGS
 
     def ask(self, component: Component) -> None:
         """Asks for one reading of a component."""
@@ -256,13 +265,15 @@ class Measuring:
         """Which hypervisor process is at the other end of a channel."""
         self._raw(lambda seq: measuring.AskWho(seq, cid, pid), self._deadline_s, told)
 
-    def read(self, component: Component, position: int, told: Callable[[Reading], None]) -> None:
-        """A reading for a baseline: nobody appraises it, no stamp moves."""
+    def read(
+        self, component: Component, position: int, told: Callable[[Reading], None], *, part: int = 0
+    ) -> None:
+        """A reading for a manifest: nobody appraises it, no stamp moves."""
         kind, vm = component.kind, component.vm
-        self._raw(lambda seq: measuring.Ask(seq, kind, vm, position), self._deadline_s, told)
+        self._raw(lambda seq: measuring.Ask(seq, kind, vm, position, part), self._deadline_s, told)
 
     def identify(self, file: int, told: Callable[[Reading], None]) -> None:
-        """Identity of one file, for a baseline."""
+        """Identity of one file, for a manifest."""
         self._raw(lambda seq: measuring.AskFile(seq, file), IDENTIFY_DEADLINE_S, told)
 
     def _raw(

@@ -24,7 +24,7 @@ from hostd.vault.counters import Counters
 from hostd.vault.custody import Custody
 from hostd.vault.drift import Drift
 from hostd.vault.evidence import pass_digest
-from hostd.vault.gate import PENDING_PAUSE_NS, Gate
+from hostd.vault.gate import Gate
 from hostd.vault.heads import Heads
 from hostd.vault.keyring import Keyring
 from hostd.vault.ledger import Entry, Ledger
@@ -32,10 +32,11 @@ from hostd.vault.measuring import Measuring
 from hostd.vault.membership import Membership
 from hostd.vault.mint import Mint
 from hostd.vault.refusals import WINDOW_S, Refusals
+from hostd.vault.ring import PENDING_PAUSE_NS
 from hostd.vault.service import Service
 from hostd.vault.store import Store
 from hostd.vault.tpmlink import TpmLink
-from hostd.vault.waiting import Pass, Refused, Waiting
+from hostd.vault.waiting import Judged, Pass, Refused, Waiting
 from hostd.vault.witness import OBSERVE_SHARE, UNGATED, Witness
 
 if TYPE_CHECKING:
@@ -43,10 +44,13 @@ if TYPE_CHECKING:
 
     from hostd.config import Config
     from hostd.core.callers import Caller
+    from hostd.core.reference import Reference
     from hostd.ipc import serving
     from hostd.ipc.loop import Loop
 
 TICK_S: Final = 0.05
+STANDING_SWEEPS: Final = 4
+"""A standing reading that is older, in sweeps, when a request arrives, is read again for it."""
 MUTATING: Final = (ops.CreateKey, ops.Rotate, ops.Shred)
 
 
@@ -77,7 +81,11 @@ class Vault:
             host_scope=config.drift.scope == "host",
             waiting_per_caller=config.gate.waiting_per_caller,
             batch=config.gate.batch,
+            sweep_ns=int(config.measure.sweep_s * 1e9),
+            standing_ns=STANDING_SWEEPS * int(config.measure.sweep_s * 1e9),
         )
+        self.last: dict[Component, Judged] = {}
+        """How each component was judged last. For people: the gate keeps its own stamps."""
         self._apply_shut()
         self.custody = Custody(
             self,
@@ -187,6 +195,11 @@ class Vault:
         """Other reference values are in force: everything is judged anew."""
         self.measuring.restart()
 
+    def judge_by(self, reference: Reference) -> None:
+        """Some digests have retired: everything that is read from now on is judged without them."""
+        if self.measuring.appraiser is not None:
+            self.measuring.appraiser.reference = reference
+
     # ── Drift ─────────────────────────────────────────────────────────────────────────────────────
 
     def found(self, component: Component, findings: tuple[Finding, ...]) -> None:
@@ -209,6 +222,7 @@ class Vault:
     def measurer_lost(self, reason: str) -> None:
         self.set_shut("measurer", f"the measurer is not connected: {reason}")
         self.gate.lose_measurer()
+        self.last.clear()
         self.batches.abandon("the measurer was lost")
         self.counters.count("hostd_measurer_lost_total")
 
@@ -218,7 +232,11 @@ class Vault:
         self.counters.observe("hostd_reading_seconds", cost_ns / 1e9, kind=kind)
         if verdict.component == GUESTS and isinstance(reading, GuestsReading):
             self.gate.guests(h for h in reading.hypervisors if h.vm)
+            for component in self.last.keys() - self.gate.known:
+                del self.last[component]
             self.broker.close_gone(self.gate.hypervisors)
+        if verdict.component in self.gate.known:
+            self.last[verdict.component] = Judged(verdict, started, ended, cost_ns)
         known = verdict.component in self.gate.latched
         refused = self.gate.judged(verdict, started=started, ended=ended)
         if verdict.status is Status.DRIFTED and not known:
@@ -302,19 +320,13 @@ class Vault:
         self.broker.flush()
 
     def _read(self) -> None:
-        """Keeps the measurer busy with what blocks waiting requests; else with the sweep."""
+        """Keeps the measurer busy: with what blocks waiting requests, and with the background."""
         while self.measuring.has_room:
-            now = time.monotonic_ns()
-            busy = self.measuring.busy
-            paused = self.gate.paused(now)
-            component = self.gate.wanted(busy | paused)
-            if component is None and paused and not self._awake.pending:
-                self._awake = self.loop.call_after(PENDING_PAUSE_NS / 1e9, self.kick)
-            if component is None and not busy:
-                component = self.gate.stale(now, int(self.config.measure.sweep_s * 1e9), busy)
+            component = self.gate.next_reading(time.monotonic_ns(), self.measuring.takes)
             if component is None:
+                if self.gate.ring.soon and not self._awake.pending:
+                    self._awake = self.loop.call_after(PENDING_PAUSE_NS / 1e9, self.kick)
                 return
-            self.gate.asked(component, now)
             self.measuring.ask(component)
 
     def status(self) -> operating.StatusReport:

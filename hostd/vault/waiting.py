@@ -1,4 +1,4 @@
-"""What the gate hands out: requests that wait, stamps of readings, and the pass a batch rests on."""
+"""What the gate and its driver hand out: requests that wait, stamps and verdicts of readings, passes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from guestlib.errors import HostdError
     from hostd.core.callers import Caller
-    from hostd.core.findings import Component, Status
+    from hostd.core.findings import Component, Status, Verdict
 
 
 @dataclass(slots=True)
@@ -29,6 +29,17 @@ class Stamp:
     started: int
     ended: int
     status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The latest reading of a component as it was judged, for people. Times in nanoseconds on the vault's
+    clock; the cost is the measurer's own."""
+
+    verdict: Verdict
+    started: int
+    ended: int
+    cost_ns: int
 
 
 @dataclass(frozen=True, slots=True)

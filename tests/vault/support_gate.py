@@ -5,23 +5,30 @@ from __future__ import annotations
 from guestlib.errors import HostdError
 from hostd.core.callers import Caller
 from hostd.core.findings import (
+    BOOT,
     FILES,
     GUESTS,
     IMA,
+    KERNEL,
     POSTURE,
+    SELF,
     Component,
     Finding,
+    Kind,
     Severity,
     Status,
     Verdict,
+    domain_of,
     process_of,
+    relro_of,
 )
 from hostd.core.readings import Hypervisor
 from hostd.vault.gate import Gate
 from hostd.vault.waiting import Waiting
 
 VM_A, VM_B = "aaaaaaaa-0000-4000-8000-000000000001", "bbbbbbbb-0000-4000-8000-000000000002"
-HOST = (GUESTS, POSTURE, IMA, FILES)
+HOST = (GUESTS, BOOT, POSTURE, IMA, KERNEL, FILES, SELF)
+REQUIRABLE = frozenset(Kind) - {Kind.GUESTS, Kind.PROCESS}
 
 
 def hypervisor(vm: str, *, pid: int = 0, start_time: int = 1) -> Hypervisor:
@@ -37,6 +44,11 @@ A, B = caller_of(hypervisor(VM_A)), caller_of(hypervisor(VM_B))
 USER, OFFICER = Caller(uid=1000), Caller(uid=0, officer=True)
 
 
+def of_vm(*vms: str) -> tuple[Component, ...]:
+    """Every component of these VMs."""
+    return tuple(component(vm) for vm in vms for component in (process_of, relro_of, domain_of))
+
+
 def finding(component: Component) -> Finding:
     return Finding(str(component), "altered", Severity.CRITICAL, "thing", "this", "that")
 
@@ -47,14 +59,23 @@ def verdict(component: Component, status: Status) -> Verdict:
 
 def make_gate(
     *,
-    require: frozenset[Component] = frozenset({POSTURE, IMA, FILES}),
+    require: frozenset[Kind] = REQUIRABLE,
     host_scope: bool = False,
     waiting_per_caller: int = 100,
     batch: int = 100,
     vms: tuple[str, ...] = (VM_A, VM_B),
+    sweep_ns: int = 160,
+    standing_ns: int = 1000,
 ) -> Gate:
     """An open gate that knows the VMs and has read nothing yet."""
-    gate = Gate(require=require, host_scope=host_scope, waiting_per_caller=waiting_per_caller, batch=batch)
+    gate = Gate(
+        require=require,
+        host_scope=host_scope,
+        waiting_per_caller=waiting_per_caller,
+        batch=batch,
+        sweep_ns=sweep_ns,
+        standing_ns=standing_ns,
+    )
     gate.shut = None
     gate.guests(hypervisor(vm) for vm in vms)
     return gate
@@ -79,7 +100,7 @@ def read(
 
 
 def read_all(gate: Gate, *, at: int, vms: tuple[str, ...] = (VM_A, VM_B)) -> None:
-    assert read(gate, *HOST, *(process_of(vm) for vm in vms), at=at) == []
+    assert read(gate, *HOST, *of_vm(*vms), at=at) == []
 
 
 def taken(gate: Gate, now: int = 0) -> list[Waiting]:

@@ -18,7 +18,7 @@ import pytest
 from guestlib.attest.binding import pass_qualifying
 from guestlib.errors import DeniedError, HostdError, NotFoundError, RefusedDriftError, UnavailableError
 from hostd.core.callers import Caller
-from hostd.core.findings import BOOT, FILES, GUESTS, IMA, Component, Finding, Status, process_of
+from hostd.core.findings import BOOT, FILES, GUESTS, IMA, Component, Finding, Status, process_of, relro_of
 from hostd.ipc.serving import Receipt
 from hostd.platform.tpm_errors import TpmError
 from hostd.vault.batches import CONFIRM_S, MAX_PENDING, Batches, Job
@@ -28,9 +28,10 @@ from hostd.vault.service import Done
 from hostd.vault.store import Store, StoreError
 from hostd.vault.tpmlink import Quoted
 from hostd.vault.waiting import Pass, Waiting
-from tests.vault.support_gate import HOST, OFFICER, VM_A, VM_B, A, B, hypervisor, make_gate, verdict
+from tests.vault.support_gate import HOST, OFFICER, VM_A, VM_B, A, B, hypervisor, make_gate, of_vm, verdict
 
 PROCESS_A, PROCESS_B = process_of(VM_A), process_of(VM_B)
+RELRO_A, RELRO_B = relro_of(VM_A), relro_of(VM_B)
 PCRS = {0: b"\0" * 32, 10: b"\x10" * 32}
 
 
@@ -181,7 +182,7 @@ class Bench:
             self.gate.judged(verdict(component, status), started=begun, ended=time.monotonic_ns())
 
     def read_all(self) -> None:
-        self.read(*HOST, PROCESS_A, PROCESS_B)
+        self.read(*HOST, *of_vm(VM_A, VM_B))
 
     def quoted(self, pcrs: dict[int, bytes] | None = None, *, error: TpmError | None = None) -> None:
         _, told = self.tpm.pending.pop(0)
@@ -227,7 +228,7 @@ def test_nothing_is_executed_before_the_readings_are_there(bench: Bench) -> None
     bench.read(*HOST)
     bench.batches.start()
     assert bench.events == []
-    bench.read(PROCESS_A)
+    bench.read(*of_vm(VM_A))
     bench.batches.start()
     assert bench.events == [("execute", "a")]
 
@@ -258,7 +259,7 @@ def test_the_whole_way(bench: Bench) -> None:
     bench.quoted()
     assert bench.outcomes() == {}
     assert bench.heads.noted == [2]
-    assert set(bench.measuring.asked) == {IMA, PROCESS_A, PROCESS_B}
+    assert set(bench.measuring.asked) == {IMA, PROCESS_A, PROCESS_B, RELRO_A, RELRO_B}
     bench.second_look()
     assert bench.outcomes() == {"a": "answer", "b": "answer"}
     assert bench.receipts == {"a": Receipt(0, 1), "b": Receipt(1, 1)}
@@ -272,10 +273,10 @@ def test_the_second_look_starts_after_the_quote(bench: Bench) -> None:
     bench.begin()
     early = time.monotonic_ns()
     bench.quoted()
-    bench.read(IMA, PROCESS_A, started=early)
+    bench.read(IMA, PROCESS_A, RELRO_A, started=early)
     bench.batches.confirm()
     assert bench.outcomes() == {}
-    assert set(bench.measuring.asked) == {IMA, PROCESS_A}
+    assert set(bench.measuring.asked) == {IMA, PROCESS_A, RELRO_A}
     bench.second_look()
     assert bench.outcomes() == {"a": "answer"}
 
@@ -284,10 +285,11 @@ def test_each_part_of_the_second_look_is_waited_for(bench: Bench) -> None:
     bench.arrive("a")
     bench.begin()
     bench.quoted()
-    bench.read(IMA)
-    bench.batches.confirm()
-    assert bench.outcomes() == {}
-    bench.read(PROCESS_A)
+    for component in (IMA, PROCESS_A):
+        bench.read(component)
+        bench.batches.confirm()
+        assert bench.outcomes() == {}
+    bench.read(RELRO_A)
     bench.batches.confirm()
     assert bench.outcomes() == {"a": "answer"}
 
@@ -380,8 +382,10 @@ def assert_withheld(bench: Bench, *names: str, error: type[HostdError]) -> Entry
     ("odd", "error"),
     [
         ({"process": Status.DRIFTED}, RefusedDriftError),
+        ({"relro": Status.DRIFTED}, RefusedDriftError),
         ({"ima": Status.DRIFTED}, RefusedDriftError),
         ({"process": Status.ABSENT}, UnavailableError),
+        ({"relro": Status.ABSENT}, UnavailableError),
         ({"ima": Status.ABSENT}, UnavailableError),
     ],
     ids=str,
@@ -514,7 +518,7 @@ def test_the_quote_of_an_abandoned_batch_is_not_the_next_ones(bench: Bench) -> N
     bench.arrive("b")
     bench.begin()
     bench.quoted()  # the first batch's, late
-    bench.read(IMA, PROCESS_A)
+    bench.read(IMA, PROCESS_A, RELRO_A)
     bench.batches.confirm()
     assert bench.heads.noted == []
     assert bench.outcomes() == {"a": "refuse"}
@@ -546,7 +550,7 @@ def test_a_confirmation_that_is_overdue(bench: Bench, monkeypatch: pytest.Monkey
     bench.begin()
     assert not bench.batches.overdue
     bench.quoted()
-    bench.read(IMA, PROCESS_B)
+    bench.read(IMA, PROCESS_B, RELRO_B, RELRO_A)
     bench.batches.confirm()
     assert bench.outcomes() == {}
     overdue(monkeypatch)
@@ -581,7 +585,7 @@ def test_pending_is_looked_at_again_and_not_for_ever(bench: Bench) -> None:
     bench.arrive("b", B)
     bench.begin()
     bench.quoted()
-    bench.read(IMA, PROCESS_B)
+    bench.read(IMA, PROCESS_B, RELRO_B, RELRO_A)
     bench.batches.confirm()
     for _ in range(MAX_PENDING):
         assert bench.outcomes() == {}
@@ -612,7 +616,7 @@ def test_a_vm_that_ended_holds_up_nobody_and_gets_nothing(bench: Bench) -> None:
     bench.arrive("b", B)
     bench.begin()
     bench.quoted()
-    bench.read(IMA, PROCESS_B)
+    bench.read(IMA, PROCESS_B, RELRO_B)
     bench.gate.guests([hypervisor(VM_B)])
     # That it was gone before the quote, or that it is not seen by a reading that is good, is not enough.
     for started, status in ((1, Status.VERIFIED), (0, Status.PENDING)):

@@ -6,11 +6,24 @@ import pytest
 
 from guestlib.errors import DeadlineError, OverloadedError, RefusedDriftError, UnavailableError
 from hostd.core.callers import Caller
-from hostd.core.findings import BOOT, FILES, GUESTS, IMA, POSTURE, Component, Status, process_of
-from hostd.vault.gate import HOST_COMPONENTS, MAX_OBSERVERS_PER_CALLER, Gate
+from hostd.core.findings import (
+    BOOT,
+    GUESTS,
+    IMA,
+    POSTURE,
+    Component,
+    Kind,
+    Status,
+    domain_of,
+    process_of,
+    relro_of,
+)
+from hostd.vault.gate import HOST_COMPONENTS, STANDING, Gate
+from hostd.vault.observers import MAX_PER_CALLER
 from tests.vault.support_gate import (
     HOST,
     OFFICER,
+    REQUIRABLE,
     USER,
     VM_A,
     VM_B,
@@ -20,6 +33,7 @@ from tests.vault.support_gate import (
     finding,
     hypervisor,
     make_gate,
+    of_vm,
     read,
     read_all,
     request,
@@ -27,6 +41,7 @@ from tests.vault.support_gate import (
 )
 
 PROCESS_A, PROCESS_B = process_of(VM_A), process_of(VM_B)
+DOMAIN_A, RELRO_A = domain_of(VM_A), relro_of(VM_A)
 BAD = [Status.DRIFTED, Status.ABSENT, Status.PENDING]
 
 # ── What a caller rests on ────────────────────────────────────────────────────────────────────────
@@ -35,9 +50,9 @@ BAD = [Status.DRIFTED, Status.ABSENT, Status.PENDING]
 def test_needs() -> None:
     gate = make_gate()
     assert frozenset(HOST) == HOST_COMPONENTS
-    assert gate.needs(A) == {*HOST, PROCESS_A}
+    assert gate.needs(A) == {*HOST, *of_vm(VM_A)}
     assert gate.needs(OFFICER) == {*HOST}
-    assert gate.needs(USER) == {*HOST, PROCESS_A, PROCESS_B}
+    assert gate.needs(USER) == {*HOST, *of_vm(VM_A, VM_B)}
 
 
 @pytest.mark.parametrize("caller", [A, USER, OFFICER], ids=str)
@@ -50,9 +65,24 @@ def test_each_needed_component_has_to_be_read_after_the_arrival(caller: Caller) 
         read(gate, *fresh, at=100)
         assert taken(gate) == []
         read(gate, stale, at=99, ended=500)
+        if stale.kind in STANDING:
+            assert taken(gate) == [asked]
+            continue
         assert taken(gate) == []
         read(gate, stale, at=100)
         assert taken(gate) == [asked]
+
+
+def test_a_standing_reading_holds_for_a_while_and_only_if_it_is_good() -> None:
+    gate = make_gate(standing_ns=50)
+    gate.arrive(request(A, arrived=100))
+    read_all(gate, at=100)
+    read(gate, DOMAIN_A, at=49)
+    assert taken(gate) == []
+    read(gate, DOMAIN_A, at=50, status=Status.PENDING)
+    assert taken(gate) == []
+    read(gate, DOMAIN_A, at=50)
+    assert len(taken(gate)) == 1
 
 
 def test_others_processes_do_not_matter_to_a_vm() -> None:
@@ -63,9 +93,9 @@ def test_others_processes_do_not_matter_to_a_vm() -> None:
 
 
 @pytest.mark.parametrize("status", BAD)
-@pytest.mark.parametrize("component", [*HOST, PROCESS_A], ids=str)
+@pytest.mark.parametrize("component", [*HOST, *of_vm(VM_A)], ids=str)
 def test_only_verified_is_good(component: Component, status: Status) -> None:
-    gate = make_gate(require=frozenset(HOST))
+    gate = make_gate(require=frozenset(Kind))
     read_all(gate, at=5)
     gate.arrive(request(A, arrived=10))
     read_all(gate, at=10)
@@ -73,9 +103,9 @@ def test_only_verified_is_good(component: Component, status: Status) -> None:
     assert taken(gate) == []
 
 
-@pytest.mark.parametrize("component", [POSTURE, IMA, FILES], ids=str)
+@pytest.mark.parametrize("component", sorted(HOST_COMPONENTS - {GUESTS} | {RELRO_A, DOMAIN_A}), ids=str)
 def test_absent_is_enough_only_where_it_is_not_required(component: Component) -> None:
-    gate = make_gate(require=frozenset({POSTURE, IMA, FILES}) - {component})
+    gate = make_gate(require=REQUIRABLE - {component.kind})
     gate.arrive(request(A, arrived=10))
     read_all(gate, at=10)
     assert read(gate, component, at=11, status=Status.ABSENT) == []
@@ -151,7 +181,7 @@ def test_a_host_callers_needs_follow_the_vms() -> None:
     read_all(gate, at=10, vms=(VM_A,))
     gate.guests([hypervisor(VM_A), hypervisor(VM_B)])
     assert taken(gate) == []
-    read(gate, PROCESS_B, at=10)
+    read(gate, *of_vm(VM_B), at=10)
     assert len(taken(gate)) == 1
 
 
@@ -301,7 +331,7 @@ def test_those_who_cannot_yet_do_not_hold_up_the_others() -> None:
     read_all(gate, at=10, vms=(VM_B,))
     assert [r.caller for r in taken(gate)] == [B]
     assert [r.caller for r in taken(gate)] == [B]
-    read(gate, PROCESS_A, at=10)
+    read(gate, *of_vm(VM_A), at=10)
     assert [r.caller for r in taken(gate)] == [A, A]
 
 
@@ -350,16 +380,17 @@ def test_the_pass_says_what_the_batch_rests_on() -> None:
     gate.arrive(request(B, arrived=10))
     read(gate, GUESTS, at=10, ended=11)
     read(gate, POSTURE, IMA, at=12, ended=20)
-    read(gate, FILES, PROCESS_B, at=13, ended=14)
+    rest = {*HOST, *of_vm(VM_B)} - {GUESTS, POSTURE, IMA, domain_of(VM_B)}
+    read(gate, *sorted(rest), at=13, ended=14)
     found = gate.take(0)
     assert found is not None
     _, passed = found
-    assert (passed.number, passed.first_start, passed.last_end) == (1, 10, 20)
-    assert {c for c, _ in passed.readings} == {*HOST, PROCESS_B}
+    assert (passed.number, passed.first_start, passed.last_end) == (1, 5, 20)
+    assert {c for c, _ in passed.readings} == {*HOST, *of_vm(VM_B)}
     assert [c for c, _ in passed.readings] == sorted(c for c, _ in passed.readings)
-    assert dict(passed.readings) == {c: s for c, s in gate.stamps.items() if c != PROCESS_A}
+    assert dict(passed.readings) == {c: s for c, s in gate.stamps.items() if c.vm != VM_A}
     numbers = [s.number for _, s in passed.readings]
-    assert len(set(numbers)) == 5
+    assert len(set(numbers)) == len(HOST) + 3
     assert gate.take(0) is None
     assert gate.passes == 1
 
@@ -374,7 +405,7 @@ def test_observers_see_good_and_bad_as_soon_as_all_is_read() -> None:
     gate.observe(observer)
     read_all(gate, at=9)
     assert gate.observed(11) == []
-    read(gate, GUESTS, POSTURE, FILES, at=10)
+    read(gate, *(c for c in HOST if c != IMA), RELRO_A, at=10)
     read(gate, IMA, at=10, status=Status.DRIFTED)
     assert gate.observed(11) == []
     read(gate, PROCESS_A, at=10, status=Status.PENDING)
@@ -394,78 +425,8 @@ def test_an_observer_is_told_at_its_deadline_at_the_latest() -> None:
 
 def test_observers_are_bounded_by_caller() -> None:
     gate = make_gate()
-    for _ in range(MAX_OBSERVERS_PER_CALLER):
+    for _ in range(MAX_PER_CALLER):
         gate.observe(request(A, arrived=10))
     with pytest.raises(OverloadedError):
         gate.observe(request(A, arrived=10))
     gate.observe(request(B, arrived=10))
-
-
-# ── What is read next ─────────────────────────────────────────────────────────────────────────────
-
-
-def test_nothing_is_wanted_while_nobody_waits() -> None:
-    gate = make_gate()
-    assert gate.wanted(frozenset()) is None
-    gate.arrive(request(A, arrived=10))
-    read_all(gate, at=10)
-    assert gate.wanted(frozenset()) is None
-
-
-def test_the_ring_asks_what_the_newest_request_still_lacks_the_longest_unasked_first() -> None:
-    gate = make_gate()
-    gate.arrive(request(A, arrived=5))
-    read_all(gate, at=5)
-    gate.arrive(request(A, arrived=10))
-    for now, earlier in enumerate((FILES, IMA, PROCESS_A, POSTURE, GUESTS)):
-        gate.asked(earlier, now)
-    order = []
-    for now in range(20, 25):
-        component = gate.wanted(frozenset())
-        assert component is not None
-        order.append(component)
-        gate.asked(component, now)
-        read(gate, component, at=now)
-    assert order == [FILES, IMA, PROCESS_A, POSTURE, GUESTS]
-    assert gate.wanted(frozenset()) is None
-
-
-def test_a_component_is_read_once_at_a_time() -> None:
-    gate = make_gate()
-    gate.arrive(request(OFFICER, arrived=10))
-    busy: set[Component] = set()
-    while (next_one := gate.wanted(frozenset(busy))) is not None:
-        assert next_one not in busy
-        busy.add(next_one)
-    assert busy == {*HOST}
-
-
-def test_readings_are_asked_for_observers_and_not_for_the_latched() -> None:
-    gate = make_gate()
-    gate.latch(PROCESS_A, (finding(PROCESS_A),))
-    gate._queues.clear()
-    assert gate.wanted(frozenset()) is None
-    gate.observe(request(A, arrived=10))
-    seen: set[Component] = set()
-    while (component := gate.wanted(frozenset(seen))) is not None:
-        seen.add(component)
-    assert seen == {*HOST, PROCESS_A}
-
-
-def test_the_sweep_revisits_everything_and_the_pending_sooner() -> None:
-    gate = make_gate(vms=(VM_A,))
-    every = {*HOST, PROCESS_A}
-    order = []
-    for now in range(1000, 1005):
-        component = gate.stale(now, 160, frozenset())
-        assert component is not None
-        order.append(component)
-        gate.asked(component, now)
-        read(gate, component, at=now)
-    assert set(order) == every
-    assert gate.stale(1100, 160, frozenset()) is None
-    assert gate.stale(1161, 160, frozenset()) == order[0]
-    assert gate.stale(1161, 160, frozenset({order[0]})) is None
-    read(gate, order[4], at=1005, status=Status.PENDING)
-    assert gate.stale(1014, 160, frozenset()) is None
-    assert gate.stale(1015, 160, frozenset()) == order[4]

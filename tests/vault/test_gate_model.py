@@ -16,15 +16,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from guestlib.errors import DeadlineError, HostdError, OverloadedError, RefusedDriftError, UnavailableError
 from hostd.core.callers import Caller
-from hostd.core.findings import FILES, GUESTS, IMA, POSTURE, Component, Status, process_of
+from hostd.core.findings import Component, Kind, Status
 from hostd.vault.gate import Gate
 from hostd.vault.waiting import Refused, Waiting
 from tests.vault.support_gate import OFFICER, USER, VM_A, VM_B, caller_of, finding, hypervisor, verdict
 
-HOST = {GUESTS, POSTURE, IMA, FILES}
+HOST_KINDS = (Kind.BOOT, Kind.FILES, Kind.GUESTS, Kind.IMA, Kind.KERNEL, Kind.POSTURE, Kind.SELF)
+VM_KINDS = (Kind.PROCESS, Kind.RELRO, Kind.DOMAIN)
+HOST = {Component(kind) for kind in HOST_KINDS}
+GUESTS, FILES, SELF = Component(Kind.GUESTS), Component(Kind.FILES), Component(Kind.SELF)
+REQUIRABLE = sorted({*HOST_KINDS, *VM_KINDS} - {Kind.GUESTS, Kind.PROCESS})
+STANDING, SWEEP = 12, 24
 PER_CALLER = 4
 BATCH = 6
-COMPONENTS = [*sorted(HOST), process_of(VM_A), process_of(VM_B)]
+COMPONENTS = [*sorted(HOST), *(Component(kind, vm) for vm in (VM_A, VM_B) for kind in VM_KINDS)]
 LIKELY_GOOD = st.sampled_from(
     [Status.VERIFIED] * 12 + [Status.PENDING, Status.ABSENT, Status.ABSENT, Status.DRIFTED]
 )
@@ -44,13 +49,18 @@ class Trace:
 
 class GateMachine(RuleBasedStateMachine):
     @initialize(
-        require=st.sets(st.sampled_from([POSTURE, IMA, FILES])),
+        require=st.sets(st.sampled_from(REQUIRABLE)),
         host_scope=st.booleans(),
     )
-    def begin(self, require: set[Component], host_scope: bool) -> None:
+    def begin(self, require: set[Kind], host_scope: bool) -> None:
         self.require, self.host_scope = require, host_scope
         self.gate = Gate(
-            require=frozenset(require), host_scope=host_scope, waiting_per_caller=PER_CALLER, batch=BATCH
+            require=frozenset(require),
+            host_scope=host_scope,
+            waiting_per_caller=PER_CALLER,
+            batch=BATCH,
+            sweep_ns=SWEEP,
+            standing_ns=STANDING,
         )
         self.gate.shut = None
         self.now = 0
@@ -68,18 +78,19 @@ class GateMachine(RuleBasedStateMachine):
 
     def needed(self, caller: Caller) -> set[Component]:
         if caller.vm:
-            return HOST | {process_of(caller.vm)}
-        return HOST | (set() if caller.officer else {process_of(vm) for vm in self.trace.processes})
+            return HOST | {Component(kind, caller.vm) for kind in VM_KINDS}
+        vms = [] if caller.officer else list(self.trace.processes)
+        return HOST | {Component(kind, vm) for vm in vms for kind in VM_KINDS}
 
     def good(self, component: Component, status: Status) -> bool:
-        tolerated = component in {POSTURE, IMA, FILES} - self.require or component == GUESTS
+        tolerated = component.kind is not Kind.PROCESS and component.kind not in self.require
         return status is Status.VERIFIED or (status is Status.ABSENT and tolerated)
 
     def closed_by_drift(self, caller: Caller) -> bool:
         for component in self.trace.drifted:
             if component in HOST or self.host_scope:
                 return True
-            if component == process_of(caller.vm) or caller == USER:
+            if component.vm == caller.vm or caller == USER:
                 return True
         return False
 
@@ -88,11 +99,15 @@ class GateMachine(RuleBasedStateMachine):
         caller = waiting.caller
         if caller.vm and self.trace.processes.get(caller.vm) != caller.start_time:
             return False
-        for component in self.needed(caller):
-            started, status = self.trace.latest.get(component, (-1, Status.PENDING))
-            if started < waiting.arrived or not self.good(component, status):
-                return False
-        return True
+        return not any(self.lacks(waiting, component) for component in self.needed(caller))
+
+    def lacks(self, waiting: Waiting, component: Component) -> bool:
+        started, status = self.trace.latest.get(component, (-100, Status.PENDING))
+        return self.early(component, started, waiting) or not self.good(component, status)
+
+    def early(self, component: Component, started: int, waiting: Waiting) -> bool:
+        grace = STANDING if component.kind is Kind.DOMAIN else 0
+        return started < waiting.arrived - grace
 
     def settle(self, waiting: Waiting, outcome: str) -> None:
         assert isinstance(waiting.item, int)
@@ -144,7 +159,7 @@ class GateMachine(RuleBasedStateMachine):
     def reading_starts(self, component: Component) -> None:
         if component not in self.in_flight:
             self.in_flight[component] = (self.now, dict(self.running))
-            self.gate.asked(component, self.now)
+            self.gate.ring.asked(component, self.now)
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data(), status=LIKELY_GOOD)
@@ -170,9 +185,11 @@ class GateMachine(RuleBasedStateMachine):
         started, seen = self.in_flight.pop(component)
         if component == GUESTS:
             self.gate.guests(hypervisor(vm, start_time=start) for vm, start in seen.items())
-            self.trace.processes = dict(seen)
-            for vm in {VM_A, VM_B} - set(seen):
-                self.trace.latest.pop(process_of(vm), None)
+            before, self.trace.processes = self.trace.processes, dict(seen)
+            for vm in {VM_A, VM_B}:
+                if seen.get(vm) != before.get(vm):
+                    for kind in VM_KINDS:
+                        self.trace.latest.pop(Component(kind, vm), None)
         self.trace.latest[component] = (started, status)
         if status is Status.DRIFTED:
             self.trace.drifted.add(component)
@@ -260,8 +277,8 @@ class GateMachine(RuleBasedStateMachine):
     @rule()
     def observers_are_told(self) -> None:
         def seen(observer: Waiting, component: Component) -> bool:
-            started, status = self.trace.latest.get(component, (-1, Status.PENDING))
-            return started >= observer.arrived and status is not Status.PENDING
+            started, status = self.trace.latest.get(component, (-100, Status.PENDING))
+            return not self.early(component, started, observer) and status is not Status.PENDING
 
         expected = [
             o
@@ -319,30 +336,35 @@ class GateMachine(RuleBasedStateMachine):
         assert {w.item for w in self.waiting} | set(self.outcomes) == set(range(1, self.number + 1))
         assert not {w.item for w in self.waiting} & set(self.outcomes)
 
-    @invariant()
-    def somebody_who_waits_is_read_for(self) -> None:
-        if not hasattr(self, "gate"):
-            return
+    @rule(busy=st.sets(st.sampled_from(COMPONENTS)), hinted=st.none() | st.sampled_from(COMPONENTS))
+    def the_ring_asks(self, busy: set[Component], hinted: Component | None) -> None:
+        """Only what exists and is free is asked for, once; and whoever waits is read for."""
+        if hinted is not None:
+            self.gate.hint(hinted)
+        existing = HOST | {Component(kind, vm) for vm in self.trace.processes for kind in VM_KINDS}
         lacking: set[Component] = set()
-        for waiting in self.waiting:
-            for component in self.needed(waiting.caller):
-                started, status = self.trace.latest.get(component, (-1, Status.PENDING))
-                if started < waiting.arrived or not self.good(component, status):
-                    lacking.add(component)
+        for caller in {w.caller for w in self.waiting}:
+            newest = [w for w in self.waiting if w.caller == caller][-1]
+            lacking |= {c for c in self.needed(caller) if self.lacks(newest, c)}
         for observer in self.observing:
             lacking |= self.needed(observer.caller)
-        for component in tuple(lacking):
-            # What a pending process may be waiting for is read again with it.
-            if component.vm and self.trace.latest.get(component, (0, None))[1] is Status.PENDING:
-                lacking |= {FILES, GUESTS}
-        wanted = self.gate.wanted(frozenset())
-        assert wanted is None or wanted in lacking
-        for waiting in self.waiting:
-            newest = [w for w in self.waiting if w.caller == waiting.caller][-1]
-            for component in self.needed(newest.caller):
-                started, status = self.trace.latest.get(component, (-1, Status.PENDING))
-                if started < newest.arrived or not self.good(component, status):
-                    assert wanted is not None
+        free = existing - busy - self.in_flight.keys()
+        # Those who wait go first but for a share; over so many asks all that is lacking has been asked for.
+        asked: list[Component] = []
+        for _ in range(4 * len(COMPONENTS)):
+            component = self.gate.next_reading(self.now, lambda c: c in free and c not in asked)
+            if component is None:
+                break
+            assert component not in asked
+            asked.append(component)
+            self.in_flight[component] = (self.now, dict(self.running))
+        assert set(asked) <= free | (lacking - busy)
+        for caller in {w.caller for w in self.waiting}:
+            newest = [w for w in self.waiting if w.caller == caller][-1]
+            for component in self.needed(caller) & free:
+                pending = self.trace.latest.get(component, (0, None))[1] is Status.PENDING
+                if self.lacks(newest, component) and not pending:
+                    assert component in asked
 
 
 GateMachine.TestCase.settings = settings(

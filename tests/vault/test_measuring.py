@@ -18,7 +18,6 @@ from hostd.core.readings import (
     GuestsReading,
     ImaReading,
     Missing,
-    PostureReading,
     ProcessReading,
     Reading,
 )
@@ -28,13 +27,14 @@ from hostd.ipc.connect import listen
 from hostd.ipc.loop import Loop
 from hostd.vault import measuring
 from hostd.vault.measuring import MAX_OPEN, Measuring
+from tests.support.readings import posture
 from tests.vault.support_gate import finding, hypervisor
 
 HELLO = protocol.Hello(b"e" * 16)
 LOST = Missing(reason="the measurer was lost", absent=False)
 READINGS: dict[Component, Reading] = {
     GUESTS: GuestsReading((), ()),
-    POSTURE: PostureReading("", "", 0, "", (), None, None, None, None, 0),
+    POSTURE: posture(),
     IMA: ImaReading("boot", 0, b"", more=False),
     FILES: FilesReading(()),
 }
@@ -72,6 +72,7 @@ class Told:
         self.ready = 0
         self.lost: list[str] = []
         self.verdicts: list[tuple[Verdict, int, int]] = []
+        self.hints: list[Component] = []
 
     def measurer_ready(self) -> None:
         self.ready += 1
@@ -81,6 +82,9 @@ class Told:
 
     def on_verdict(self, verdict: Verdict, _reading: Reading, started: int, ended: int, _cost: int) -> None:
         self.verdicts.append((verdict, started, ended))
+
+    def on_hint(self, component: Component) -> None:
+        self.hints.append(component)
 
 
 class Measurer:

@@ -12,8 +12,8 @@ from hostd.core.callers import Caller
 from hostd.ipc import operations as ops
 from hostd.platform.tpm_errors import TpmError
 from hostd.platform.tpm_worker import Priority
-from hostd.vault.gate import MAX_OBSERVERS_PER_CALLER
 from hostd.vault.ledger import Ledger
+from hostd.vault.observers import MAX_PER_CALLER
 from hostd.vault.witness import MAX_QUOTING, Witness
 from tests.vault.support_gate import A, B, make_gate
 
@@ -100,11 +100,11 @@ def test_evidence_that_waits_for_the_tpm_is_bounded(bench: Bench) -> None:
 
 def test_evidence_that_waits_for_readings_is_bounded_for_each_caller(bench: Bench) -> None:
     first, second = SimulatedChannel(A), SimulatedChannel(B)
-    for seq in range(MAX_OBSERVERS_PER_CALLER + 3):
+    for seq in range(MAX_PER_CALLER + 3):
         bench.ask(first, seq, ops.Health())
     bench.ask(second, 1, ops.Health())
     assert [e.code for e in first.refusals.values()] == ["overloaded"] * 3
     assert not second.refusals
     bench.observe()
-    assert len(first.answers) == MAX_OBSERVERS_PER_CALLER
+    assert len(first.answers) == MAX_PER_CALLER
     assert list(second.answers) == [1]

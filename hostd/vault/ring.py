@@ -1,0 +1,145 @@
+"""The ring: which component is read next (pure).
+
+First what somebody waits for, the one not asked for the longest. Besides, the background: what a hint or the
+lot has brought forward, and the sweep, which comes back to every component of every VM within a
+time that is configured. Those who wait do not starve the background, nor it them: while somebody waits, one
+ask in `SHARE` is the background's if it has any to make; one in two if its time is nearly over.
+
+A hint can only bring a reading forward. A flood of hints costs one reading of a component in
+`HINT_PAUSE_NS`, however many come.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from hostd.core.findings import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping
+
+    from hostd.core.findings import Component
+    from hostd.vault.waiting import Stamp
+
+PENDING_PAUSE_NS: Final = 10_000_000
+"""A pending component is not read again before 10 ms are over, nor before the time a reading of it takes."""
+HINT_PAUSE_NS: Final = 50_000_000
+"""A hint brings no component forward that was asked for less than 50 ms ago; it is read then."""
+SHARE: Final = 4
+"""While somebody waits, one ask in so many may be the background's."""
+PENDING_SHARE: Final = 16
+"""The sweep comes back to what is pending in this part of its time: a VM that starts is soon known."""
+EARLY: Final = 8
+"""On an idle host the sweep asks when this part of its time is left, so that it has read within it. While
+somebody waits it begins at half of its time."""
+
+
+class Ring:
+    """When each component was asked for, and what was brought forward. Times in nanoseconds."""
+
+    def __init__(self, sweep_ns: int, known: frozenset[Component]) -> None:
+        self._sweep = sweep_ns
+        self._known = known
+        self._never = dict.fromkeys(sorted(known))
+        """Components that were not asked for yet, in order."""
+        self._asked: dict[Component, int] = {}
+        """When the others were asked for last; in order of that."""
+        self._forward: dict[Component, None] = {}
+        self._pending: set[Component] = set()
+        self._served = 0
+        """Asks for those who wait since the last one of the background."""
+        self.soon = False
+        """Whether something waits for a pause of milliseconds to be over, as of the last `next`."""
+
+    # ── Next ──────────────────────────────────────────────────────────────────────────────────────
+
+    def next(
+        self,
+        now: int,
+        *,
+        lacking: Collection[Component],
+        stamps: Mapping[Component, Stamp],
+        takes: Callable[[Component], bool],
+    ) -> Component | None:
+        """The component to ask for: one of `lacking`, which somebody waits for, or one in the background.
+        `takes` says which can be asked for now."""
+        wanted = [c for c in lacking if not self._paused(c, stamps.get(c), now)]
+        self.soon = bool(self._forward) or len(wanted) < len(lacking)
+        needed = min(filter(takes, wanted), key=self._order, default=None)
+        if needed is not None and self._served < 1:
+            self._served += 1
+            return needed
+        late = self._due(now, self._sweep - self._sweep // EARLY, takes)
+        due = late or self._brought_forward(now, takes)
+        if due is None and needed is not None:
+            due = self._due(now, self._sweep // 2, takes)
+        if needed is not None and (due is None or (late is None and self._served < SHARE - 1)):
+            self._served += 1
+            return needed
+        self._served = 0
+        return due
+
+    def _order(self, component: Component) -> tuple[int, Component]:
+        return self._asked.get(component, -1), component
+
+    def _paused(self, component: Component, stamp: Stamp | None, now: int) -> bool:
+        """Whether it was found pending a moment ago: reading it again at once would spin."""
+        asked = self._asked.get(component)
+        if asked is None or stamp is None or stamp.status is not Status.PENDING:
+            return False
+        return asked > now - max(PENDING_PAUSE_NS, stamp.ended - stamp.started)
+
+    def _brought_forward(self, now: int, takes: Callable[[Component], bool]) -> Component | None:
+        for component in self._forward:
+            asked = self._asked.get(component)
+            if (asked is None or asked <= now - HINT_PAUSE_NS) and takes(component):
+                return component
+        return None
+
+    def _due(self, now: int, age: int, takes: Callable[[Component], bool]) -> Component | None:
+        """The sweep's next: of those not asked for since `age`, the one not asked for the longest."""
+        for component in self._never:
+            if takes(component):
+                return component
+        for component, asked in self._asked.items():
+            if asked > now - age:
+                break
+            if takes(component):
+                return component
+        for component in sorted(self._pending):
+            if self._asked[component] <= now - age // PENDING_SHARE and takes(component):
+                return component
+        return None
+
+    # ── What happened ─────────────────────────────────────────────────────────────────────────────
+
+    def asked(self, component: Component, now: int) -> None:
+        """A reading of the component has been asked for; `now` never goes back."""
+        if component in self._known:
+            self._never.pop(component, None)
+            self._asked.pop(component, None)
+            self._asked[component] = now
+            self._forward.pop(component, None)
+
+    def judged(self, component: Component, *, pending: bool) -> None:
+        """A reading of the component has been judged."""
+        if pending and component in self._asked:
+            self._pending.add(component)
+        else:
+            self._pending.discard(component)
+
+    def bring_forward(self, component: Component) -> None:
+        """The component is read soon, whenever it was read last. What is being read is read again."""
+        if component in self._known:
+            self._forward[component] = None
+
+    def exist(self, known: frozenset[Component], *, anew: Iterable[Component] = ()) -> None:
+        """These are the components there are. Those of `anew` stand for another process than before."""
+        for component in (self._known - known).union(anew):
+            self._asked.pop(component, None)
+            self._never.pop(component, None)
+            self._forward.pop(component, None)
+            self._pending.discard(component)
+        self._known = known
+        for component in sorted(known - self._asked.keys() - self._never.keys()):
+            self._never[component] = None

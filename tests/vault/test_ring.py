@@ -1,0 +1,266 @@
+"""What is read next: for those who wait, on hints, and in the sweep, idle or busy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from hostd.core.findings import (
+    FILES,
+    GUESTS,
+    IMA,
+    KERNEL,
+    POSTURE,
+    SELF,
+    Component,
+    Status,
+    domain_of,
+    process_of,
+    relro_of,
+)
+from hostd.vault.gate import Gate
+from hostd.vault.ring import EARLY, HINT_PAUSE_NS, PENDING_PAUSE_NS, PENDING_SHARE, SHARE
+from tests.vault.support_gate import (
+    HOST,
+    OFFICER,
+    VM_A,
+    VM_B,
+    A,
+    finding,
+    make_gate,
+    of_vm,
+    read,
+    read_all,
+    request,
+    taken,
+)
+
+MS = 1_000_000
+SWEEP = 5_000 * MS
+PROCESS_A = process_of(VM_A)
+EVERY = (*HOST, *of_vm(VM_A, VM_B))
+
+
+def all_but(*busy: Component) -> Callable[[Component], bool]:
+    return lambda component: component not in busy
+
+
+def swept(*, vms: tuple[str, ...] = (VM_A, VM_B), at: int = 0) -> Gate:
+    """A gate that has just read everything."""
+    gate = make_gate(vms=vms, sweep_ns=SWEEP, standing_ns=4 * SWEEP)
+    for component in (*HOST, *of_vm(*vms)):
+        gate.ring.asked(component, at)
+    read_all(gate, at=at, vms=vms)
+    return gate
+
+
+def ask(gate: Gate, now: int, *busy: Component) -> Component | None:
+    return gate.next_reading(now, all_but(*busy))
+
+
+# ── For those who wait ────────────────────────────────────────────────────────────────────────────
+
+
+def test_nothing_is_asked_while_nobody_waits_and_nothing_is_due() -> None:
+    gate = swept()
+    assert ask(gate, 1) is None
+    gate.arrive(request(A, arrived=0))
+    assert ask(gate, 1) is None
+
+
+def test_what_the_newest_request_still_lacks_the_longest_unasked_first() -> None:
+    gate = swept()
+    gate.arrive(request(A, arrived=0))
+    gate.arrive(request(A, arrived=20))
+    first = [KERNEL, FILES, IMA, PROCESS_A, POSTURE, relro_of(VM_A)]
+    rest = [c for c in (*HOST, *of_vm(VM_A)) if c not in first and c != domain_of(VM_A)]
+    for now, component in enumerate(first + rest):
+        gate.ring.asked(component, now)
+    order = []
+    for now in range(20, 20 + len(first) + len(rest)):
+        component = ask(gate, now)
+        assert component is not None
+        order.append(component)
+        read(gate, component, at=now)
+    assert order == first + rest
+    assert ask(gate, 50) is None
+    assert len(taken(gate)) == 2
+
+
+def test_a_component_is_read_once_at_a_time() -> None:
+    gate = swept()
+    gate.arrive(request(OFFICER, arrived=10))
+    busy: list[Component] = []
+    while (component := ask(gate, 10, *busy)) is not None:
+        assert component not in busy
+        busy.append(component)
+    assert sorted(busy) == sorted(HOST)
+
+
+def test_readings_are_asked_for_observers_and_not_for_the_latched() -> None:
+    gate = swept()
+    gate.arrive(request(A, arrived=10))
+    gate._latched[PROCESS_A] = (finding(PROCESS_A),)
+    assert ask(gate, 10) is None
+    gate.observe(request(A, arrived=10))
+    seen: list[Component] = []
+    while (component := ask(gate, 10, *seen)) is not None:
+        seen.append(component)
+    assert set(seen) == {*HOST, *of_vm(VM_A)} - {domain_of(VM_A)}
+
+
+# ── Pending ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("pending", "behind"),
+    [(PROCESS_A, {FILES, GUESTS}), (relro_of(VM_A), {FILES, GUESTS}), (SELF, {FILES}), (IMA, set())],
+    ids=str,
+)
+def test_what_a_pending_component_waits_for_is_read_too(pending: Component, behind: set[Component]) -> None:
+    """Else a request that arrived before the files' reading and has it would wait for ever."""
+    gate = swept()
+    gate.arrive(request(A, arrived=0))
+    read(gate, pending, at=5, status=Status.PENDING)
+    gate.ring.asked(pending, 5)
+    seen: list[Component] = []
+    while (component := ask(gate, 5 + PENDING_PAUSE_NS, *seen)) is not None:
+        seen.append(component)
+    assert set(seen) == {pending, *behind}
+    read(gate, *behind, at=6)
+    assert ask(gate, 5 + 2 * PENDING_PAUSE_NS) == pending
+    assert ask(gate, 5 + 2 * PENDING_PAUSE_NS) is None
+
+
+def test_what_was_pending_is_not_read_again_at_once() -> None:
+    gate = swept()
+    gate.arrive(request(A, arrived=1))
+    read_all(gate, at=1)
+    read(gate, IMA, at=2, status=Status.PENDING)
+    gate.ring.asked(IMA, 2)
+    assert ask(gate, 2 + PENDING_PAUSE_NS - 1) is None
+    assert gate.ring.soon
+    assert ask(gate, 2 + PENDING_PAUSE_NS) == IMA
+    # One that takes long to read does not keep its reader busy for nothing either.
+    read(gate, IMA, at=2, ended=2 + 80 * MS, status=Status.PENDING)
+    gate.ring.asked(IMA, 2)
+    assert ask(gate, 2 + 79 * MS) is None
+    assert ask(gate, 2 + 80 * MS) == IMA
+
+
+# ── The sweep ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_sweep_revisits_everything_and_the_pending_sooner() -> None:
+    gate = make_gate(sweep_ns=SWEEP)
+    order = []
+    while (component := ask(gate, 1000)) is not None:
+        order.append(component)
+        read(gate, component, at=1000)
+    assert sorted(order) == sorted(EVERY)
+    due = 1000 + SWEEP - SWEEP // EARLY
+    assert ask(gate, due - 1) is None
+    assert ask(gate, due, order[0]) == order[1]
+    read(gate, PROCESS_A, at=due, status=Status.PENDING)
+    gate.ring.asked(PROCESS_A, due)
+    for component in EVERY:
+        if component != PROCESS_A:
+            gate.ring.asked(component, due)
+    soon = due + (SWEEP - SWEEP // EARLY) // PENDING_SHARE
+    assert ask(gate, soon - 1) is None
+    assert ask(gate, soon) == PROCESS_A
+
+
+def test_a_new_vm_is_swept_at_once() -> None:
+    gate = swept(vms=(VM_A,))
+    assert ask(gate, 1) is None
+    gate.guests([*gate.hypervisors, *make_gate(vms=(VM_B,)).hypervisors])
+    found = [ask(gate, 1) for _ in range(4)]
+    assert set(found) == {*of_vm(VM_B), None}
+
+
+def test_under_constant_load_of_one_vm_everything_else_is_read_within_the_sweep() -> None:
+    """A request waits at every moment, and readings take a millisecond one after another."""
+    many = tuple(f"{n:08x}-0000-4000-8000-00000000000a" for n in range(100))
+    gate = swept(vms=(VM_A, *many))
+    last: dict[Component, int] = dict.fromkeys((*HOST, *of_vm(VM_A, *many)), 0)
+    answered, now = 0, 0
+    while now < 3 * SWEEP:
+        now += MS
+        gate.arrive(request(A, arrived=now, deadline=now + SWEEP))
+        component = ask(gate, now)
+        assert component is not None
+        read(gate, component, at=now)
+        last[component] = now
+        assert min(last.values()) > now - SWEEP, min(last, key=last.__getitem__)
+        answered += len(taken(gate, now))
+    assert answered > 3 * SWEEP // MS * 0.9
+
+
+# ── Hints ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_hint_brings_a_reading_forward_once() -> None:
+    gate = swept()
+    gate.hint(PROCESS_A)
+    now = HINT_PAUSE_NS
+    assert ask(gate, now) == PROCESS_A
+    assert ask(gate, now) is None
+
+
+def test_a_hint_while_it_is_read_has_it_read_again() -> None:
+    gate = swept()
+    gate.ring.asked(IMA, MS)
+    gate.hint(IMA)
+    assert ask(gate, MS, IMA) is None
+    assert gate.ring.soon
+    assert ask(gate, MS + HINT_PAUSE_NS) == IMA
+
+
+def test_a_hint_about_nothing_that_exists_is_nothing() -> None:
+    gate = swept(vms=(VM_A,))
+    gate.hint(process_of(VM_B))
+    assert ask(gate, HINT_PAUSE_NS) is None
+
+
+def test_a_vm_that_goes_takes_its_hints_along() -> None:
+    gate = swept()
+    gate.hint(process_of(VM_B))
+    gate.guests(make_gate(vms=(VM_A,)).hypervisors)
+    assert ask(gate, HINT_PAUSE_NS) is None
+    gate.guests(make_gate().hypervisors)
+    assert {ask(gate, HINT_PAUSE_NS) for _ in range(4)} == {*of_vm(VM_B), None}
+
+
+def test_a_flood_of_hints_costs_a_bounded_share() -> None:
+    gate = swept()
+    asked: Counter[Component] = Counter()
+    for now in range(0, 1000 * MS, MS):
+        for component in EVERY:
+            gate.hint(component)
+        component_asked = ask(gate, now)
+        if component_asked is not None:
+            asked[component_asked] += 1
+            read(gate, component_asked, at=now)
+    assert set(asked) == set(EVERY)
+    assert max(asked.values()) <= 1000 * MS // HINT_PAUSE_NS + 1
+
+
+def test_hints_do_not_starve_those_who_wait() -> None:
+    gate = swept()
+    hinted = served = 0
+    for now in range(SWEEP // 2, SWEEP // 2 + 4000 * MS, MS):
+        for vm in (VM_A, VM_B):
+            gate.hint(process_of(vm))
+            gate.hint(relro_of(vm))
+        gate.arrive(request(OFFICER, arrived=now, deadline=now + SWEEP)) if gate.waiting < 50 else None
+        component = ask(gate, now)
+        assert component is not None
+        hinted += component.vm != ""
+        served += component.vm == ""
+        read(gate, component, at=now)
+        taken(gate, now)
+    assert served >= (SHARE - 1) * hinted
+    assert hinted > 0

@@ -32,6 +32,15 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write a development configuration (embedded TPM, QEMU processes found in /proc)",
     )
+    setup.add_argument(
+        "--officer",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.pub",
+        help="SSH public key of an officer who signs manifests (for each one); needed once",
+    )
+    setup.add_argument("--quorum", type=int, default=1, metavar="K", help="how many officers must sign")
     commands.add_parser("mint")
     commands.add_parser("kernel-images").add_argument("names", nargs="+")
     return parser
@@ -78,9 +87,13 @@ def _run(arguments: argparse.Namespace) -> None:
             write_config=arguments.write_config,
             state_dir=arguments.state_dir,
             run_dir=arguments.run_dir,
+            officers=arguments.officer,
+            quorum=arguments.quorum,
         )
         return
     config = load_config(arguments.config)
+    if arguments.command in ("run", "vault"):
+        config.require_officers()
     match arguments.command:
         case "vault":
             from hostd.vault.main import run

@@ -7,11 +7,15 @@ out of `measure.require` in writing, and evidence then says `absent`.
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
+
+from guestlib.errors import MalformedError
+from guestlib.sshkeys import PublicKey, parse_public_key
 
 DEFAULT_PATH = Path("/etc/hostd/hostd.toml")
 
@@ -87,9 +91,9 @@ class Measure(Section, frozen=True):
     sweep_s: Positive = 5.0
     """Every component and every VM is read at least this often, busy or idle."""
     protected: tuple[str, ...] = ("/usr/", "/opt/hostd/")
-    """Path prefixes whose IMA entries must have a digest of the baseline."""
+    """Path prefixes whose IMA entries must have a digest of the manifest."""
     survey: tuple[str, ...] = ("/usr/bin/", "/usr/sbin/", "/usr/lib/", "/usr/libexec/", "/opt/hostd/")
-    """What `hostctl baseline capture` hashes besides the files that hypervisors have mapped."""
+    """What `hostctl manifest from-host` hashes besides the files that hypervisors have mapped."""
 
 
 class Gate(Section, frozen=True):
@@ -106,6 +110,21 @@ class Drift(Section, frozen=True):
     """`host`: drift of one VM's process closes the gate for all."""
     recovery: Literal["officer"] = "officer"
     """After drift the gate opens again only when an officer clears it, with a reason."""
+
+
+class Officers(Section, frozen=True):
+    """Who signs manifests. Recorded at the first unsealing; see docs/operations.md, "Manifests"."""
+
+    keys: Annotated[tuple[str, ...], msgspec.Meta(max_length=16)] = ()
+    """Public keys in OpenSSH's one-line form, each with a name: `ssh-ed25519 AAAA… alice`. None: no vault
+    starts."""
+    quorum: Annotated[int, msgspec.Meta(ge=1, le=16)] = 1
+    """How many of them must sign."""
+
+    @property
+    def public_keys(self) -> tuple[PublicKey, ...]:
+        """The keys; their form was checked when the configuration was parsed."""
+        return tuple(map(parse_public_key, self.keys))
 
 
 class Gateway(Section, frozen=True):
@@ -137,6 +156,7 @@ class Config(Section, frozen=True):
     measure: Measure = Measure()
     gate: Gate = Gate()
     drift: Drift = Drift()
+    officers: Officers = Officers()
     gateway: Gateway = Gateway()
     metrics: Metrics = Metrics()
 
@@ -155,6 +175,16 @@ class Config(Section, frozen=True):
             ConfigError: the user does not exist.
         """
         return uid_of(getattr(self.users, role))
+
+    def require_officers(self) -> None:
+        """Raises:
+        ConfigError: nobody could sign reference values.
+        """
+        if not self.officers.keys:
+            raise ConfigError(
+                "the configuration names no officers, so nobody could sign reference values\n"
+                "hint: `hostd setup --officer FILE.pub` names one by his SSH public key"
+            )
 
     def admin_uids(self) -> frozenset[int]:
         return frozenset(uid_of(user) for user in self.users.admin)
@@ -201,7 +231,24 @@ def parse_config(text: bytes, *, origin: str) -> Config:
         raise ConfigError(f"{origin}: `$.users` leaves out {', '.join(unnamed)}: name all users or none")
     if not config.users.admin:
         raise ConfigError(f"{origin}: `$.users.admin` is empty: nobody could clear a drift")
+    _check_officers(config.officers, origin)
     return config
+
+
+def _check_officers(officers: Officers, origin: str) -> None:
+    keys: list[PublicKey] = []
+    for line in officers.keys:
+        try:
+            keys.append(parse_public_key(line))
+        except MalformedError as error:
+            raise ConfigError(f"{origin}: `$.officers.keys`: {error.message}") from None
+    for a, b in itertools.combinations(keys, 2):
+        if a.blob == b.blob:
+            raise ConfigError(f"{origin}: `$.officers.keys`: {a.name} and {b.name} are the same key")
+        if a.name == b.name:
+            raise ConfigError(f"{origin}: `$.officers.keys`: two keys of the name {a.name}")
+    if keys and officers.quorum > len(keys):
+        raise ConfigError(f"{origin}: `$.officers.quorum` is {officers.quorum}, there are {len(keys)} keys")
 
 
 def load_config(path: Path) -> Config:

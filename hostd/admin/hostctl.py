@@ -6,76 +6,25 @@ as it came. Exit codes by blame, as guestlib's: 2 usage, 3 the caller, 4 the hos
 
 from __future__ import annotations
 
-import json
 import sys
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import msgspec
 
 from guestlib.errors import CallerError, HostdError, RefusedDriftError, TransportError, UnavailableError
-from hostd.admin.link import Link, plain
+from hostd.admin.context import LONG_S, Context, made
+from hostd.admin.manifest import manifest
+from hostd.admin.measure import COLUMNS, explanation, rows
 from hostd.admin.render import drift_lines, ledger_lines, safe
-from hostd.config import DEFAULT_PATH, Config, ConfigError, load_config
+from hostd.config import DEFAULT_PATH, ConfigError, load_config
 from hostd.ipc import operating as adm
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from rich.console import Console
-
-T = TypeVar("T")
-LONG_S = 900.0
-"""A survey of a whole system on a slow machine."""
 
 _HINTS: tuple[tuple[type[HostdError], str], ...] = (
     (RefusedDriftError, "`hostctl drift list` names what drifted"),
     (UnavailableError, "`hostctl status` says why the gate is closed"),
     (TransportError, "check `systemctl status hostd-vault`, or that `hostd run` is up"),
 )
-
-
-class _Context:
-    def __init__(self, config: Config, as_json: bool) -> None:
-        self.config = config
-        self.as_json = as_json
-
-    @cached_property
-    def out(self) -> Console:
-        """For tables and colours; imported when there is one to show: it takes a quarter of the start."""
-        from rich.console import Console
-
-        return Console(soft_wrap=True)
-
-    def ask(
-        self, command: adm.GatedCommand | adm.UngatedCommand, result: type[T], timeout_s: float = 30.0
-    ) -> T:
-        link = Link(self.config, timeout_s=timeout_s)
-        try:
-            return link.ask(command, result)
-        finally:
-            link.close()
-
-    def show(self, value: Any, render: Callable[[], None]) -> None:
-        if self.as_json:
-            click.echo(json.dumps(plain(value), indent=2, default=_jsonable))
-        else:
-            render()
-
-    def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*(Text(safe(cell)) for cell in row))
-        self.out.print(table)
-
-
-def _jsonable(value: object) -> object:
-    return bytes(value).hex() if isinstance(value, bytes | memoryview) else str(value)
 
 
 def _plain(text: str) -> str:
@@ -93,12 +42,12 @@ def _status(line: adm.ComponentLine | adm.VmInfo) -> str:
 @click.pass_context
 def cli(context: click.Context, config: Path, as_json: bool) -> None:
     """Operate hostd on this host."""
-    context.obj = _Context(load_config(config), as_json)
+    context.obj = Context(load_config(config), as_json)
 
 
 @cli.command()
 @click.pass_obj
-def status(context: _Context) -> None:
+def status(context: Context) -> None:
     """The gate, the measurements, keys and ledger on one screen."""
     report = context.ask(adm.Status(), adm.StatusReport)
 
@@ -131,6 +80,24 @@ def status(context: _Context) -> None:
     context.show(report, render)
 
 
+@cli.command()
+@click.option("--vm", default="", metavar="UUID", help="Only what this VM's requests rest on.")
+@click.option("--explain", is_flag=True, help="With every claim and finding.")
+@click.pass_obj
+def measure(context: Context, vm: str, explain: bool) -> None:
+    """Read everything anew and tell how each component was judged. Exit code 4 if something drifted."""
+    found = context.ask(made(adm.Measure, vm=vm.lower()), adm.Measured, LONG_S)
+
+    def render() -> None:
+        context.table("", COLUMNS, rows(found))
+        if explain:
+            click.echo("\n" + "\n".join(explanation(found)))
+
+    context.show(found, render)
+    if any(line.latched or line.status == "drifted" for line in found.components):
+        sys.exit(4)
+
+
 @cli.group()
 def tenant() -> None:
     """Owners of keys."""
@@ -139,15 +106,15 @@ def tenant() -> None:
 @tenant.command("create")
 @click.argument("name")
 @click.pass_obj
-def tenant_create(context: _Context, name: str) -> None:
+def tenant_create(context: Context, name: str) -> None:
     """Make a tenant."""
-    context.ask(_made(adm.CreateTenant, name=name), adm.Nothing)
+    context.ask(made(adm.CreateTenant, name=name), adm.Nothing)
     click.echo(f"tenant {name} created")
 
 
 @tenant.command("list")
 @click.pass_obj
-def tenant_list(context: _Context) -> None:
+def tenant_list(context: Context) -> None:
     """Tenants, how many keys they have, and who belongs to them."""
     found = context.ask(adm.ListTenants(), adm.Tenants)
 
@@ -168,18 +135,18 @@ def tenant_list(context: _Context) -> None:
 @click.argument("name")
 @click.argument("uid", type=int)
 @click.pass_obj
-def tenant_add_user(context: _Context, name: str, uid: int) -> None:
+def tenant_add_user(context: Context, name: str, uid: int) -> None:
     """Let a host-local user (by uid, over the unix socket) act for a tenant."""
-    context.ask(_made(adm.BindUser, uid=uid, tenant=name), adm.Nothing)
+    context.ask(made(adm.BindUser, uid=uid, tenant=name), adm.Nothing)
     click.echo(f"uid {uid} acts for tenant {name}")
 
 
 @tenant.command("remove-user")
 @click.argument("uid", type=int)
 @click.pass_obj
-def tenant_remove_user(context: _Context, uid: int) -> None:
+def tenant_remove_user(context: Context, uid: int) -> None:
     """Take a host-local user's tenant away."""
-    context.ask(_made(adm.UnbindUser, uid=uid), adm.Nothing)
+    context.ask(made(adm.UnbindUser, uid=uid), adm.Nothing)
     click.echo(f"uid {uid} acts for no tenant")
 
 
@@ -190,7 +157,7 @@ def vm() -> None:
 
 @vm.command("list")
 @click.pass_obj
-def vm_list(context: _Context) -> None:
+def vm_list(context: Context) -> None:
     """Hypervisor processes that are measured, and whose they are."""
     found = context.ask(adm.ListVms(), adm.Vms)
     context.show(
@@ -218,18 +185,18 @@ def vm_list(context: _Context) -> None:
 @click.argument("uuid")
 @click.argument("tenant_name", metavar="TENANT")
 @click.pass_obj
-def vm_bind(context: _Context, uuid: str, tenant_name: str) -> None:
+def vm_bind(context: Context, uuid: str, tenant_name: str) -> None:
     """Let a VM act for a tenant."""
-    context.ask(_made(adm.BindVm, vm=uuid.lower(), tenant=tenant_name), adm.Nothing)
+    context.ask(made(adm.BindVm, vm=uuid.lower(), tenant=tenant_name), adm.Nothing)
     click.echo(f"VM {uuid.lower()} acts for tenant {tenant_name}")
 
 
 @vm.command("unbind")
 @click.argument("uuid")
 @click.pass_obj
-def vm_unbind(context: _Context, uuid: str) -> None:
+def vm_unbind(context: Context, uuid: str) -> None:
     """Take a VM's tenant away."""
-    context.ask(_made(adm.UnbindVm, vm=uuid.lower()), adm.Nothing)
+    context.ask(made(adm.UnbindVm, vm=uuid.lower()), adm.Nothing)
     click.echo(f"VM {uuid.lower()} acts for no tenant")
 
 
@@ -241,9 +208,9 @@ def key() -> None:
 @key.command("list")
 @click.argument("tenant_name", metavar="TENANT")
 @click.pass_obj
-def key_list(context: _Context, tenant_name: str) -> None:
+def key_list(context: Context, tenant_name: str) -> None:
     """Keys of a tenant."""
-    found = context.ask(_made(adm.ListKeys, tenant=tenant_name), adm.Keys)
+    found = context.ask(made(adm.ListKeys, tenant=tenant_name), adm.Keys)
     context.show(
         found,
         lambda: context.table(
@@ -254,51 +221,20 @@ def key_list(context: _Context, tenant_name: str) -> None:
     )
 
 
-@cli.group()
-def baseline() -> None:
-    """Reference values: what good looks like."""
+cli.add_command(manifest)
 
 
-@baseline.command("capture")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
-@click.pass_obj
-def baseline_capture(context: _Context, output: Path) -> None:
-    """Read this host as it is into a file for review. Nothing comes into force."""
-    click.echo("reading files, processes and the kernel; this takes a while …", err=True)
-    found = context.ask(adm.CaptureBaseline(), adm.Document, LONG_S)
-    output.write_bytes(found.document)
-    context.show(
-        {"digest": found.digest, "file": str(output)},
-        lambda: click.echo(
-            f"wrote {output}\nreview it, then: hostctl baseline install {output}\ndigest {found.digest}"
-        ),
-    )
-
-
-@baseline.command("install")
-@click.argument("file", type=click.Path(path_type=Path, exists=True))
-@click.pass_obj
-def baseline_install(context: _Context, file: Path) -> None:
-    """Put reviewed reference values into force."""
-    found = context.ask(_made(adm.InstallBaseline, document=file.read_bytes()), adm.Document)
-    context.show(found, lambda: click.echo(f"in force: {found.digest}"))
-
-
-@baseline.command("show")
-@click.pass_obj
-def baseline_show(context: _Context) -> None:
-    """The reference values in force."""
-    click.echo(context.ask(adm.ShowBaseline(), adm.Document).document)
-
-
-@cli.group()
-def drift() -> None:
-    """What is not as it should be."""
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def drift(context: click.Context) -> None:
+    """What is not as it should be (alone: `drift list`)."""
+    if context.invoked_subcommand is None:
+        context.invoke(drift_list)
 
 
 @drift.command("list")
 @click.pass_obj
-def drift_list(context: _Context) -> None:
+def drift_list(context: Context) -> None:
     """Every finding that no officer has cleared: what, where, expected, seen."""
     found = context.ask(adm.ListDrift(), adm.Drift)
 
@@ -309,9 +245,9 @@ def drift_list(context: _Context) -> None:
 @click.argument("component")
 @click.option("--reason", required=True, help="Goes into the ledger.")
 @click.pass_obj
-def drift_clear(context: _Context, component: str, reason: str) -> None:
+def drift_clear(context: Context, component: str, reason: str) -> None:
     """Vouch for a component again; fresh good readings are still needed before anything is answered."""
-    context.ask(_made(adm.ClearDrift, component=component, reason=reason), adm.Nothing)
+    context.ask(made(adm.ClearDrift, component=component, reason=reason), adm.Nothing)
     click.echo(f"{component} cleared")
 
 
@@ -324,7 +260,7 @@ def ledger() -> None:
 @click.option("-n", "--count", type=click.IntRange(1, 1000), default=20, show_default=True)
 @click.option("--start", type=click.IntRange(0), help="First entry; default: the last ones.")
 @click.pass_obj
-def ledger_list(context: _Context, count: int, start: int | None) -> None:
+def ledger_list(context: Context, count: int, start: int | None) -> None:
     """Entries of the ledger."""
     command = adm.ListLedger(start or 0, count, "last" if start is None else "from")
     found = context.ask(command, adm.LedgerLines)
@@ -338,7 +274,7 @@ def ledger_list(context: _Context, count: int, start: int | None) -> None:
 
 @ledger.command("verify")
 @click.pass_obj
-def ledger_verify(context: _Context) -> None:
+def ledger_verify(context: Context) -> None:
     """Recompute the tree from the file and compare it with the head in force."""
     found = context.ask(adm.VerifyLedger(), adm.LedgerVerified, 120.0)
     context.show(
@@ -357,7 +293,7 @@ def trust() -> None:
 @trust.command("bundle")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: standard output.")
 @click.pass_obj
-def trust_bundle(context: _Context, output: Path | None) -> None:
+def trust_bundle(context: Context, output: Path | None) -> None:
     """A trust bundle that pins this host's TPM, PCRs, channel CA and reference values."""
     document = context.ask(adm.TrustBundle(), adm.Document).document
     if output is None:
@@ -365,15 +301,6 @@ def trust_bundle(context: _Context, output: Path | None) -> None:
     else:
         output.write_bytes(document)
         click.echo(f"wrote {output}")
-
-
-def _made(command: type[T], **fields: object) -> T:
-    """A command with its limits checked here, so that the mistake is shown where it was made."""
-    made = command(**fields)
-    try:
-        return msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=command)
-    except msgspec.ValidationError as error:
-        raise click.UsageError(str(error)) from None
 
 
 def main() -> None:

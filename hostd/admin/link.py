@@ -38,7 +38,13 @@ class Link:
         if peer_of(sock).uid != config.uid_of("vault"):
             sock.close()
             raise TransportError(f"{path} is served by somebody who is not the vault")
-        self._channel: Channel[Reply | Fault] = Channel(sock, Reply | Fault)
+        self._channel: Channel[Reply | Fault] = Channel(
+            sock,
+            Reply | Fault,
+            max_record=adm.MAX_RECORD_BYTES,
+            max_sent=adm.MAX_RECORD_BYTES,
+            max_queued=adm.MAX_QUEUED_BYTES,
+        )
 
     def ask(self, command: adm.GatedCommand | adm.UngatedCommand, result: type[T]) -> T:
         """Sends a command and waits for its result.

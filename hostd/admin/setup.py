@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from guestlib.attest.imalog import PCR as IMA_PCR
+from hostd.admin.officers import make_key, name_officers
 from hostd.config import Config, load_config
 from hostd.platform import swtpm
 from hostd.platform.secretmem import SecretBuffer
@@ -24,7 +25,7 @@ from hostd.vault.heads import first_head
 from hostd.vault.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 ROOT_BYTES: Final = 32
@@ -47,7 +48,7 @@ allow_jit = true
 
 [measure]
 require = ["posture", "files"]
-# Files that a VM has mapped are in a baseline anyway; this is what it may load later.
+# Files that a VM has mapped are in a manifest anyway; this is what it may load later.
 survey = ["/usr/bin/qemu-system-x86_64", "/usr/lib/x86_64-linux-gnu/qemu/"]
 
 [gateway]
@@ -62,14 +63,23 @@ class SetupError(Exception):
     """The host cannot be set up as it is; the text says what stands in the way."""
 
 
-def run(config_path: Path, *, write_config: bool, state_dir: str | None, run_dir: str | None) -> None:
-    """Sets the host up.
+def run(
+    config_path: Path,
+    *,
+    write_config: bool,
+    state_dir: str | None,
+    run_dir: str | None,
+    officers: Sequence[Path] = (),
+    quorum: int = 1,
+) -> None:
+    """Sets the host up. `officers` are `.pub` files, for a configuration that names nobody yet.
 
     Raises:
         SetupError, ConfigError, TpmError, StoreError, OSError.
     """
     if write_config:
         _write_config(config_path, state_dir, run_dir)
+    _name_officers(config_path, officers, quorum, make=write_config)
     config = load_config(config_path)
     uid = config.uid_of("vault")
     _make_folder(config.state, 0o700, uid)
@@ -107,6 +117,20 @@ def _write_config(path: Path, state_dir: str | None, run_dir: str | None) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_DEVELOPMENT.format(state_dir=state_dir, run_dir=run_dir))
     _say("config", f"wrote {path}")
+
+
+def _name_officers(config_path: Path, officers: Sequence[Path], quorum: int, *, make: bool) -> None:
+    config = load_config(config_path)
+    if make and not officers and not config.officers.keys:
+        config.state.parent.mkdir(parents=True, exist_ok=True)
+        key = config.state.with_name("officer")
+        officers = [make_key(key)]
+        _say("officer", f"made a key for development, without a passphrase: {key}")
+    if officers:
+        done = name_officers(config_path, officers, quorum)
+        _say("officers", done or f"{config_path} names them")
+    config = load_config(config_path)
+    config.require_officers()
 
 
 def _make_folder(path: Path, mode: int, uid: int | None) -> None:

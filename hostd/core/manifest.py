@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from guestlib.attest.imalog import Entry
     from hostd.core.readings import FileIdentity, PostureReading
     from hostd.core.rule_boot import BootRule
+    from hostd.core.rule_domain import DomainRule
+    from hostd.core.rule_kernel import KernelRule
 
 Digests = Mapping[str, Iterable[str]]
 DAY_S: Final = 86_400
@@ -95,6 +97,8 @@ def from_host(
     log: Iterable[Entry],
     base: Reference | None = None,
     boot: BootRule | None = None,
+    kernel: KernelRule | None = None,
+    domain: DomainRule | None = None,
 ) -> Reference:
     """A document that accepts the host as it is now, for an officer to review.
 
@@ -130,6 +134,8 @@ def from_host(
         ima=sorted_digests(measured),
         posture=None if posture is None else propose_posture(posture),
         boot=boot,
+        kernel=kernel,
+        domain=domain,
     )
 
 

@@ -19,12 +19,15 @@ import msgspec
 
 from hostd.core.reading_types import Label, Name
 from hostd.core.rule_boot import BootRule
+from hostd.core.rule_domain import DomainRule
 from hostd.core.rule_kernel import KernelRule
 from hostd.core.rule_part import Hex256, Part
 from hostd.core.rule_posture import PostureRule
 
 FORMAT: Final = "hostd-reference/2"
 OLD_FORMAT: Final = b'"format":"hostd-reference/1"'
+NAMESPACE: Final = "hostd-manifest"
+"""What officers sign documents for: `ssh-keygen -Y sign -n`."""
 MAX_REFERENCE_BYTES: Final = 16 << 20
 """Some 120,000 files; a Debian host has 15,000 and 2-3 MB."""
 DELETED: Final = " (deleted)"
@@ -84,6 +87,7 @@ class Reference(Part, frozen=True):
     posture: PostureRule | None = None
     boot: BootRule | None = None
     kernel: KernelRule | None = None
+    domain: DomainRule | None = None
     """None, here and above: there are no reference values, and the component is absent."""
 
     def __post_init__(self) -> None:

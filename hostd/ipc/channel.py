@@ -60,13 +60,13 @@ def peer_of(sock: socket.socket) -> Peer:
     return Peer(*struct.unpack("3i", raw))
 
 
-def encode(records: Sequence[object]) -> bytes:
+def encode(records: Sequence[object], *, max_record: int = MAX_RECORD_BYTES) -> bytes:
     """Frames `records` for one send."""
     parts: list[bytes] = []
     for record in records:
         body = msgspec.msgpack.encode(record)
-        if len(body) > MAX_RECORD_BYTES:
-            raise ChannelError(f"record of {len(body)} bytes is over the limit of {MAX_RECORD_BYTES}")
+        if len(body) > max_record:
+            raise ChannelError(f"record of {len(body)} bytes is over the limit of {max_record}")
         parts.append(HEADER.pack(len(body)))
         parts.append(body)
     return b"".join(parts)
@@ -117,10 +117,23 @@ class Decoder(Generic[T]):
 
 
 class Channel(Generic[T]):
-    """A non-blocking stream of records of type `T` from the peer, and of any records to it."""
+    """A non-blocking stream of records of type `T` from the peer, and of any records to it.
 
-    def __init__(self, sock: socket.socket, record_type: Any, *, max_record: int = MAX_RECORD_BYTES) -> None:
+    `max_record` and `max_sent` bound one record from and to the peer, `max_queued` what waits for it.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        record_type: Any,
+        *,
+        max_record: int = MAX_RECORD_BYTES,
+        max_sent: int = MAX_RECORD_BYTES,
+        max_queued: int = MAX_QUEUED_BYTES,
+    ) -> None:
         sock.setblocking(False)
+        self._max_sent = max_sent
+        self._max_queued = max_queued
         self.sock = sock
         self._decoder: Decoder[T] = Decoder(record_type, max_record=max_record)
         self._out: deque[memoryview] = deque()
@@ -140,9 +153,9 @@ class Channel(Generic[T]):
         Raises:
             ChannelError: the peer is gone, or does not read.
         """
-        data = encode(records)
+        data = encode(records, max_record=self._max_sent)
         self._out_bytes += len(data)
-        if self._out_bytes > MAX_QUEUED_BYTES:
+        if self._out_bytes > self._max_queued:
             raise ChannelError("peer does not read")
         self._out.append(memoryview(data))
         if len(self._out) == 1:

@@ -12,12 +12,18 @@ from typing import Annotated, Literal
 import msgspec
 
 from hostd.core.reading_types import Count, Struct
+from hostd.core.reference import MAX_REFERENCE_BYTES
 from hostd.ipc.serving import Seq
 
 TenantName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")]
 Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
 Reason = Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
-MAX_DOCUMENT_BYTES = 3 << 20
+MAX_DOCUMENT_BYTES = MAX_REFERENCE_BYTES
+MAX_SIGNATURES_BYTES = 64 << 10
+MAX_RECORD_BYTES = MAX_DOCUMENT_BYTES + MAX_SIGNATURES_BYTES + (64 << 10)
+"""The largest command or answer: a manifest with its signatures."""
+MAX_QUEUED_BYTES = 2 * MAX_RECORD_BYTES
+"""Bytes waiting on one operators' connection: an answer, and what asks for the next."""
 
 
 class CreateTenant(Struct, frozen=True, tag="create-tenant"):
@@ -61,18 +67,31 @@ class Status(Struct, frozen=True, tag="status"):
     pass
 
 
-class CaptureBaseline(Struct, frozen=True, tag="capture-baseline"):
+class Measure(Struct, frozen=True, tag="measure"):
+    """Reads everything that a host-local caller rests on anew (with `vm`, what that VM rests on), and tells
+    how each component was judged: `Measured`."""
+
+    vm: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})?\Z")] = ""
+
+
+class CaptureManifest(Struct, frozen=True, tag="capture-manifest"):
     """Reads the host as it is and proposes reference values; installs nothing."""
 
 
-class InstallBaseline(Struct, frozen=True, tag="install-baseline"):
-    """Reviewed reference values come into force. Recorded with their digest."""
+class InstallManifest(Struct, frozen=True, tag="install-manifest"):
+    """Signed reference values come into force. Recorded with their digest and who signed."""
 
     document: Annotated[bytes, msgspec.Meta(max_length=MAX_DOCUMENT_BYTES)]
+    signatures: Annotated[bytes, msgspec.Meta(max_length=MAX_SIGNATURES_BYTES)]
+    """One SSHSIG block after the other, over the document's very bytes."""
 
 
-class ShowBaseline(Struct, frozen=True, tag="show-baseline"):
+class ShowManifest(Struct, frozen=True, tag="show-manifest"):
     pass
+
+
+class ManifestStatus(Struct, frozen=True, tag="manifest-status"):
+    """What is coming and going in the manifest in force, and what of it the measurer has seen."""
 
 
 class ListDrift(Struct, frozen=True, tag="list-drift"):
@@ -103,9 +122,11 @@ UngatedCommand = (
     | ListVms
     | ListKeys
     | Status
-    | CaptureBaseline
-    | InstallBaseline
-    | ShowBaseline
+    | Measure
+    | CaptureManifest
+    | InstallManifest
+    | ShowManifest
+    | ManifestStatus
     | ListDrift
     | ClearDrift
     | ListLedger
@@ -186,9 +207,79 @@ class StatusReport(msgspec.Struct, frozen=True):
     channels: int
 
 
+class FindingLine(msgspec.Struct, frozen=True):
+    code: str
+    severity: str
+    subject: str
+    where: str
+    expected: str
+    seen: str
+
+
+class MeasuredLine(msgspec.Struct, frozen=True):
+    component: str
+    status: str
+    """`unread` if it was not read yet."""
+    required: bool
+    """Whether `absent` closes the gate."""
+    latched: bool
+    """It drifted and no officer has cleared it; the findings are those of that drift."""
+    age_ms: float
+    """Since its latest reading was asked for."""
+    cost_ms: float
+    """The measurer's own time for it."""
+    claims: tuple[tuple[str, str], ...]
+    """What the reading showed: (name, value)."""
+    findings: tuple[FindingLine, ...]
+
+
+class Measured(msgspec.Struct, frozen=True):
+    reference: str
+    """Digest of the reference values in force, hexadecimal; empty if there are none."""
+    version: int
+    components: tuple[MeasuredLine, ...]
+
+
 class Document(msgspec.Struct, frozen=True):
     document: bytes
     digest: str
+    signatures: bytes = b""
+
+
+class Installed(msgspec.Struct, frozen=True):
+    digest: str
+    version: int
+    signed_by: tuple[str, ...]
+
+
+class ComingDigest(msgspec.Struct, frozen=True):
+    path: str
+    digest: str
+    seen: bool
+    """A hypervisor maps it, or the kernel's log of this boot has it."""
+
+
+class RetiringDigest(msgspec.Struct, frozen=True):
+    path: str
+    digest: str
+    retires: int
+    """Unix time, seconds."""
+    seen: bool
+
+
+class ManifestReport(msgspec.Struct, frozen=True):
+    digest: str
+    version: int
+    created: int
+    signed_by: tuple[str, ...]
+    files: int
+    next: tuple[ComingDigest, ...]
+    retire: tuple[RetiringDigest, ...]
+    """What has not retired yet."""
+    unseen: int
+    """Digests of `files` that were not seen."""
+    seen: dict[str, tuple[str, ...]]
+    """Path → digests seen of those that the document names under `files`, `next` or `retire`."""
 
 
 class DriftLine(msgspec.Struct, frozen=True):

@@ -1,8 +1,7 @@
 """Digests of everything on disk that may hold code, for making reference values.
 
-A regular file is taken if it has an execute bit, or if its name says what runs without one: shared
-objects, kernel modules, Python, and the firmware and option ROMs that QEMU loads. Symbolic links are not
-followed and other filesystems not kept out; a file with several names is hashed once and listed under each.
+`hostd.core.codefile` says which those are. Symbolic links are not followed and other filesystems not kept
+out; a file with several names is hashed once and listed under each.
 The walk is cut into steps of some milliseconds, so that readings go on meanwhile.
 
 Needs CAP_DAC_READ_SEARCH.
@@ -12,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 from typing import TYPE_CHECKING, Final
+
+from hostd.core.codefile import holds_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,9 +25,6 @@ STEP_FILES: Final = 64
 PART_FILES: Final = 1000
 """In one part of the answer, below the 1024 of `SurveyPart`."""
 MAX_FILES: Final = 1_000_000
-_CODE: Final = re.compile(
-    rb".*(\.so(\.[0-9.]+)?|\.ko(\.(xz|zst|gz))?|\.py|\.pyc|\.bin|\.rom|\.fd)", re.DOTALL
-)
 
 
 def survey(prefixes: Sequence[str]) -> Iterator[dict[str, bytes] | None]:
@@ -81,7 +78,7 @@ def _taken(path: bytes, name: bytes) -> os.stat_result | None:
         return None
     if not stat.S_ISREG(info.st_mode):
         return None
-    return info if info.st_mode & 0o111 or _CODE.fullmatch(name) else None
+    return info if holds_code(name, info.st_mode) else None
 
 
 def _chunks(path: bytes) -> Iterator[bytes]:

@@ -1,6 +1,6 @@
-"""Capturing a baseline: everything the measurer can see now, gathered into proposed reference values.
+"""Capturing a host: everything the measurer can see now, gathered into proposed reference values.
 
-Nothing comes into force here: an officer reviews the document and installs it. The steps run one
+Nothing comes into force here: officers review the document, sign it and install it. The steps run one
 after the other on the measurer's connection; the whole has a bound in time.
 """
 
@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Final
 
 from guestlib.attest.imalog import MalformedLogError, parse_entries
 from guestlib.errors import HostdError, UnavailableError
-from hostd.core.findings import FILES, GUESTS, IMA, POSTURE, process_of
+from hostd.core.appraise_boot import BootJudge
+from hostd.core.findings import BOOT, FILES, GUESTS, IMA, KERNEL, POSTURE, domain_of, process_of
 from hostd.core.manifest import from_host
+from hostd.core.reading_boot import BootReading
+from hostd.core.reading_domain import DomainReading
+from hostd.core.reading_kernel import KernelReading
 from hostd.core.readings import (
     FileIdentity,
     FilesReading,
@@ -24,10 +28,14 @@ from hostd.core.readings import (
     PostureReading,
     Reading,
 )
-from hostd.core.reference import encode_reference
+from hostd.core.reference import FORMAT, Reference, encode_reference
+from hostd.core.rule_boot import BootRule, propose_boot
+from hostd.core.rule_domain import propose_domain
+from hostd.core.rule_kernel import propose_kernel
+from hostd.vault.measuring import MAX_PARTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from hostd.config import Config
     from hostd.ipc.loop import Loop
@@ -46,13 +54,23 @@ class Capture:
         measuring: Measuring,
         loop: Loop,
         told: Callable[[bytes | HostdError], None],
+        *,
+        base: Reference | None,
+        pcrs: Mapping[int, bytes],
     ) -> None:
+        """`base` is the document in force, which the new one follows; `pcrs` what the root key is sealed
+        to."""
+        self._base = base
+        self._boot_judge = BootJudge(pcrs)
+        self._boot: BootRule | None = None
         self._config = config
         self._measuring = measuring
         self._told = told
         self._done = False
         self._hypervisors: list[Hypervisor] = []
         self._posture: PostureReading | None = None
+        self._domains: list[DomainReading] = []
+        self._kernel: list[KernelReading] = []
         self._files: list[FileIdentity] = []
         self._to_identify: list[int] = []
         self._log = bytearray()
@@ -66,7 +84,7 @@ class Capture:
         if not self._done:
             self._done = True
             self._timer.cancel()
-            self._told(UnavailableError(f"no baseline: {reason}"))
+            self._told(UnavailableError(f"no manifest: {reason}"))
 
     def _on_guests(self, reading: Reading) -> None:
         if not isinstance(reading, GuestsReading):
@@ -84,7 +102,15 @@ class Capture:
             self._measuring.read(FILES, 0, self._on_files)
             return
         vm = left.pop().vm
-        self._measuring.read(process_of(vm), 0, lambda _reading: self._processes(left))
+
+        def on_domain(reading: Reading) -> None:
+            if isinstance(reading, DomainReading):
+                self._domains.append(reading)
+            self._processes(left)
+
+        self._measuring.read(
+            process_of(vm), 0, lambda _reading: self._measuring.read(domain_of(vm), 0, on_domain)
+        )
 
     def _on_files(self, reading: Reading) -> None:
         if isinstance(reading, FilesReading):
@@ -107,6 +133,26 @@ class Capture:
             self._fail("the kernel's posture cannot be read")
             return
         self._posture = reading
+        self._measuring.read(BOOT, 0, self._on_boot)
+
+    def _on_boot(self, reading: Reading) -> None:
+        """A boot log that does not replay to what the TPM quotes gives no reference values."""
+        if isinstance(reading, BootReading):
+            self._boot_judge.appraise(BOOT, reading, Reference(FORMAT, 1, 0, "capture"))
+            log, values = self._boot_judge.log, self._boot_judge.values
+            if log is not None and values:
+                self._boot = propose_boot(values, log.events)
+        self._measuring.read(KERNEL, 0, self._on_kernel)
+
+    def _on_kernel(self, reading: Reading) -> None:
+        if isinstance(reading, KernelReading):
+            self._kernel.append(reading)
+            if reading.part + 1 < min(reading.parts, MAX_PARTS):
+                self._measuring.read(KERNEL, 0, self._on_kernel, part=reading.part + 1)
+                return
+        elif not (isinstance(reading, Missing) and reading.absent):
+            self._fail("the kernel cannot be read")
+            return
         self._measuring.read(IMA, 0, self._on_ima)
 
     def _on_ima(self, reading: Reading) -> None:
@@ -136,8 +182,17 @@ class Capture:
                 files=self._files,
                 survey=files,
                 log=parse_entries(bytes(self._log)),
+                base=self._base,
+                boot=self._boot,
+                kernel=propose_kernel(self._kernel) if self._kernel else None,
+                # Machines that run and of which libvirt says nothing give no rule.
+                domain=(
+                    propose_domain(self._domains, self._config.hypervisor.binaries)
+                    if self._domains or not self._hypervisors
+                    else None
+                ),
             )
         except (ValueError, MalformedLogError) as error:
-            self._told(UnavailableError(f"no baseline: {error}"))
+            self._told(UnavailableError(f"no manifest: {error}"))
             return
         self._told(encode_reference(reference))

@@ -2,21 +2,34 @@
 
 The root key comes out of the TPM when the vault starts and after an officer has cleared a drift of the
 host; it leaves memory at once when the host drifts. What hostd stores about itself (channel CA,
-reference values, accepted log entries) is wrapped under it, so it cannot be swapped on the disk.
+officers, reference values, accepted log entries) is wrapped under it, so it cannot be swapped on the disk.
+
+Reference values come into force by the officers' signatures over the very bytes. When one of their digests
+retires they are judged by without it from that second on.
 """
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 
-from guestlib.errors import UnavailableError
+from guestlib.errors import (
+    ConflictError,
+    DeniedError,
+    HostdError,
+    MalformedError,
+    NotFoundError,
+    UnavailableError,
+)
 from hostd.core.appraisal import Appraiser, Rules
 from hostd.core.appraise_ima import Accepted
 from hostd.core.reference import MalformedReferenceError, Reference, parse_reference, reference_digest
 from hostd.platform.tpm_errors import TpmError, TpmPolicyError
 from hostd.vault.channelca import ChannelCa, utc_now
+from hostd.vault.council import Council, OfficersError
 from hostd.vault.evidence import spki_digest
 from hostd.vault.primitives import IntegrityError
 
@@ -35,6 +48,9 @@ UNSEAL_RETRY_S: Final = 2.0
 LOCKED: Final = "locked after drift; an officer has to clear it"
 _ACCEPTED: Final = "ima_accepted"
 _REFERENCE: Final = "reference"
+_SIGNATURES: Final = "reference_signatures"
+RETIRE_CHECK_S: Final = 60.0
+"""Longest wait for a digest's retirement: the wall clock may be set while we wait."""
 
 
 class House(Protocol):
@@ -47,6 +63,8 @@ class House(Protocol):
     def set_shut(self, what: str, reason: str | None) -> None: ...
 
     def new_reference(self) -> None: ...
+
+    def judge_by(self, reference: Reference) -> None: ...
 
     def kick(self) -> None: ...
 
@@ -77,8 +95,15 @@ class Custody:
         self._unsealing = False
         self._accepted: Accepted | None = None
         self._newly_accepted = False
-        self._unstored: bytes | None = None
+        self._unstored: tuple[bytes, bytes] | None = None
+        self._council = Council(config.officers)
+        self._signatures = b""
+        self._signed_by: tuple[str, ...] = ()
+        self._now = 0
+        self._in_force: Reference | None = None
+        self._retirement = loop.call_after(0.0, lambda: None)
         self.reference: Reference | None = None
+        """The document as it was signed."""
         self.reference_digest = bytes(32)
         """Zeros while none is in force."""
         self.channel_ca: ChannelCa | None = None
@@ -111,6 +136,10 @@ class Custody:
         self._keyring.unlock(result)
         try:
             self._load()
+        except OfficersError as error:
+            self.lock()
+            self._fail(str(error))
+            return
         except (IntegrityError, MalformedReferenceError) as error:
             self.lock()
             self._fail(f"the store is not this host's, or was altered: {error}")
@@ -132,44 +161,128 @@ class Custody:
     # ── What is stored under it ───────────────────────────────────────────────────────────────────
 
     def _load(self) -> None:
+        # Both are made together: a store without officers that has a channel CA has lost them.
+        first = self._store.meta("channel_ca_key") is None
+        if self._council.confirm(self._store, self._keyring, first=first):
+            self._house.record("officers", detail=self._council.describe())
         if self.channel_ca is None:
             self.channel_ca = ChannelCa.load(self._store, self._keyring, utc_now())
             self.channel_ca_digest = spki_digest(self.channel_ca.certificate_der)
         self._keep_accepted()
         self._store_reference()
-        wrapped = self._store.meta(_REFERENCE)
-        if wrapped is not None and self.reference is None:
-            self._use(parse_reference(self._keyring.unwrap_service_key(_REFERENCE, wrapped)))
+        document, signatures = self._store.meta(_REFERENCE), self._store.meta(_SIGNATURES)
+        if document is not None and self.reference is None:
+            self._use_stored(
+                self._keyring.unwrap_service_key(_REFERENCE, document),
+                self._keyring.unwrap_service_key(_SIGNATURES, signatures or b""),
+            )
         self._store.commit()
 
-    def _use(self, reference: Reference) -> None:
+    def _use_stored(self, document: bytes, signatures: bytes) -> None:
+        try:
+            signed_by = self._council.verify(document, signatures)
+        except (DeniedError, MalformedError) as error:
+            raise OfficersError(f"the stored reference values are not the officers': {error}") from error
+        self._use(parse_reference(document), signatures, signed_by)
+
+    def _use(self, reference: Reference, signatures: bytes, signed_by: tuple[str, ...]) -> None:
         self.reference = reference
         self.reference_digest = reference_digest(reference)
+        self._signatures, self._signed_by = signatures, signed_by
+        self._in_force = reference.at(self._clock())
+        self._await_retirement()
         self._house.set_shut("reference", None)
         self._house.new_reference()
 
-    def install_reference(self, reference: Reference, document: bytes, officer: str) -> None:
-        """Puts reviewed reference values into force.
+    @property
+    def signed(self) -> tuple[bytes, tuple[str, ...]]:
+        """The signatures over the document in force, and who made them.
+
+        Raises:
+            NotFoundError: none is in force.
+        """
+        if self.reference is None:
+            raise NotFoundError("no reference values are in force")
+        return self._signatures, self._signed_by
+
+    def install_reference(self, document: bytes, signatures: bytes, officer: str) -> tuple[str, ...]:
+        """Puts signed reference values into force; the names of those who signed.
 
         They are stored under the keys; while these are locked (after a drift that other values are to
         mend) they are in force and stored with the next unsealing. A vault that ends before it has
-        the old ones.
+        the old ones. `officer` is who asks for it, which gives no right to it.
 
         Raises:
+            MalformedError: not a document, or not signatures.
+            DeniedError: too few officers signed it.
+            ConflictError: not newer than the document in force, or made from another one.
+            UnavailableError: the keys were never unsealed since the vault's start.
             LedgerError: it could not be recorded; nothing changed.
         """
+        try:
+            reference = parse_reference(document)
+        except MalformedReferenceError as error:
+            raise MalformedError(str(error)) from error
+        names = self._council.verify(document, signatures)
+        self._check_order(reference)
         digest = reference_digest(reference).hex()
-        self._house.record("baseline", principal=officer, detail=f"reference values {digest}")
-        self._unstored = document
+        detail = f"version {reference.version}, {digest}, signed by {', '.join(names)}"
+        self._house.record("manifest", principal=officer, detail=detail)
+        self._unstored = document, signatures
         if self._keyring.unlocked:
             self._store_reference()
             self._store.commit()
-        self._use(reference)
+        self._use(reference, signatures, names)
+        return names
+
+    def _check_order(self, new: Reference) -> None:
+        if self.reference is None:
+            return
+        if new.version <= self.reference.version:
+            raise ConflictError(
+                f"version {new.version} is not newer than version {self.reference.version}, which is in force"
+            )
+        if new.previous and new.previous != self.reference_digest.hex():
+            raise ConflictError(
+                f"it was made from the document {new.previous[:16]}…, "
+                f"and {self.reference_digest.hex()[:16]}… is in force"
+            )
 
     def _store_reference(self) -> None:
-        document, self._unstored = self._unstored, None
-        if document is not None:
-            self._store.set_meta(_REFERENCE, self._keyring.wrap_service_key(_REFERENCE, document))
+        unstored, self._unstored = self._unstored, None
+        if unstored is not None:
+            for name, value in zip((_REFERENCE, _SIGNATURES), unstored, strict=True):
+                self._store.set_meta(name, self._keyring.wrap_service_key(name, value))
+
+    # ── Retirement ────────────────────────────────────────────────────────────────────────────────
+
+    def _clock(self) -> int:
+        """Unix time that does not go back while the vault lives: what has retired stays retired."""
+        self._now = max(self._now, int(time.time()))
+        return self._now
+
+    def _await_retirement(self) -> None:
+        self._retirement.cancel()
+        due = None if self.reference is None else self.reference.next_change(self._now)
+        if due is not None:
+            wait = min(max(due - time.time(), 0.0), RETIRE_CHECK_S)
+            self._retirement = self._loop.call_after(wait, self._on_retirement)
+
+    def _on_retirement(self) -> None:
+        reference, before = self.reference, self._now
+        if reference is None:
+            return
+        now = self._clock()
+        retired = sorted(
+            path for path, times in reference.retire.items() if any(before < t <= now for t in times.values())
+        )
+        if retired:
+            self._in_force = reference.at(now)
+            self._house.judge_by(self._in_force)
+            with suppress(HostdError):  # the gate is shut then
+                self._house.record("retire", detail=f"{len(retired)} paths: {' | '.join(retired)}")
+            self._house.kick()
+        self._await_retirement()
 
     def accept_log(self, accepted: Accepted) -> None:
         """An officer accepts the IMA log so far; kept across restarts once the keys are there."""
@@ -190,7 +303,7 @@ class Custody:
 
     def new_appraiser(self) -> Appraiser | None:
         """A judge that knows nothing yet; None without reference values."""
-        if self.reference is None:
+        if self._in_force is None:
             return None
         rules = Rules(
             allow_jit=self._config.hypervisor.allow_jit,
@@ -198,7 +311,7 @@ class Custody:
             accepted=self._accepted,
             pcrs=self._tpm.sealed_to,
         )
-        return Appraiser(self.reference, rules)
+        return Appraiser(self._in_force, rules)
 
     def identity(self) -> ChannelIdentity:
         """A certificate for a worker.

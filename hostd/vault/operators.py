@@ -13,20 +13,23 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from guestlib.attest.bundle import TrustBundle, encode_bundle
-from guestlib.errors import HostdError, MalformedError, NotFoundError, UnavailableError
+from guestlib.errors import HostdError, NotFoundError, UnavailableError
 from hostd.core.callers import Caller, host_principal, vm_principal
 from hostd.core.findings import Component, Kind, process_of
 from hostd.core.merkle import Tree, leaf_hash
-from hostd.core.reference import MalformedReferenceError, encode_reference, parse_reference, reference_digest
 from hostd.ipc import operating as adm
 from hostd.ipc.channel import Channel, ChannelError
 from hostd.ipc.connect import accept, listen
 from hostd.ipc.serving import Fault, Receipt, Reply
+from hostd.vault import manifests
 from hostd.vault.baseline import Capture
 from hostd.vault.batches import Job
+from hostd.vault.explain import explain
 from hostd.vault.service import Done
+from hostd.vault.waiting import Waiting
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from pathlib import Path
 
@@ -42,6 +45,11 @@ class _Connection:
         self.channel = channel
         self.officer = officer
         self.closed = False
+
+
+def _channel(sock: socket.socket) -> Channel[adm.Command]:
+    limit, queue = adm.MAX_RECORD_BYTES, adm.MAX_QUEUED_BYTES
+    return Channel(sock, adm.Command, max_record=limit, max_sent=limit, max_queued=queue)
 
 
 class Operators:
@@ -60,9 +68,11 @@ class Operators:
             adm.ListVms: self._list_vms,
             adm.ListKeys: self._list_keys,
             adm.Status: self._status,
-            adm.CaptureBaseline: self._capture,
-            adm.InstallBaseline: self._install,
-            adm.ShowBaseline: self._show_baseline,
+            adm.Measure: self._measure,
+            adm.CaptureManifest: self._capture,
+            adm.InstallManifest: self._install,
+            adm.ShowManifest: self._show_manifest,
+            adm.ManifestStatus: self._manifest_status,
             adm.ListDrift: self._list_drift,
             adm.ClearDrift: self._clear_drift,
             adm.ListLedger: self._list_ledger,
@@ -87,7 +97,7 @@ class Operators:
         if peer.uid not in self._uids or len(self._connections) >= MAX_CONNECTIONS:
             sock.close()
             return
-        connection = _Connection(Channel(sock, adm.Command), Caller(uid=peer.uid, officer=True))
+        connection = _Connection(_channel(sock), Caller(uid=peer.uid, officer=True))
         self._connections.add(connection)
         self._loop.watch(connection.channel, lambda _events: self._on_events(connection))
 
@@ -214,34 +224,61 @@ class Operators:
     def _status(self, connection: _Connection, seq: int, _command: adm.Status) -> None:
         self._answer(connection, seq, self._vault.status())
 
-    def _capture(self, connection: _Connection, seq: int, _command: adm.CaptureBaseline) -> None:
+    def _measure(self, connection: _Connection, seq: int, command: adm.Measure) -> None:
+        vault = self._vault
+        caller = Caller(uid=connection.officer.uid)
+        if command.vm:
+            hypervisor = vault.gate.hypervisor(command.vm)
+            if hypervisor is None:
+                raise NotFoundError(f"no VM {command.vm} runs here")
+            caller = Caller(vm=command.vm, pid=hypervisor.pid, start_time=hypervisor.start_time)
+
+        def told() -> None:
+            custody = vault.custody
+            report = explain(
+                vault.gate.needs(caller),
+                gate=vault.gate,
+                last=vault.last,
+                now=time.monotonic_ns(),
+                reference="" if custody.reference is None else custody.reference_digest.hex(),
+                version=0 if custody.reference is None else custody.reference.version,
+            )
+            self._answer(connection, seq, report)
+
+        now = time.monotonic_ns()
+        deadline = now + int(vault.config.gate.deadline_s * 1e9)
+        vault.gate.observe(Waiting(caller, now, deadline, told))
+
+    def _capture(self, connection: _Connection, seq: int, _command: adm.CaptureManifest) -> None:
         def told(result: bytes | HostdError) -> None:
             if isinstance(result, HostdError):
                 self._refuse(connection, seq, result)
-            elif len(result) > adm.MAX_DOCUMENT_BYTES:
-                error = f"the baseline has {len(result)} bytes, {adm.MAX_DOCUMENT_BYTES} are the limit: "
-                self._refuse(connection, seq, UnavailableError(error + "shorten `measure.survey`"))
             else:
                 self._answer(connection, seq, adm.Document(result, hashlib.sha256(result).hexdigest()))
             self._vault.kick()
 
-        Capture(self._vault.config, self._vault.measuring, self._loop, told).start()
+        vault = self._vault
+        Capture(
+            vault.config,
+            vault.measuring,
+            self._loop,
+            told,
+            base=vault.custody.reference,
+            pcrs=vault.tpm.sealed_to,
+        ).start()
 
-    def _install(self, connection: _Connection, seq: int, command: adm.InstallBaseline) -> None:
-        try:
-            reference = parse_reference(command.document)
-        except MalformedReferenceError as error:
-            raise MalformedError(str(error)) from error
-        self._vault.custody.install_reference(reference, command.document, connection.officer.principal)
-        self._answer(connection, seq, adm.Document(b"", reference_digest(reference).hex()))
+    def _install(self, connection: _Connection, seq: int, command: adm.InstallManifest) -> None:
+        custody = self._vault.custody
+        names = custody.install_reference(command.document, command.signatures, connection.officer.principal)
+        assert custody.reference is not None
+        installed = adm.Installed(custody.reference_digest.hex(), custody.reference.version, names)
+        self._answer(connection, seq, installed)
 
-    def _show_baseline(self, connection: _Connection, seq: int, _command: adm.ShowBaseline) -> None:
-        reference = self._vault.custody.reference
-        if reference is None:
-            raise NotFoundError("no reference values are in force")
-        self._answer(
-            connection, seq, adm.Document(encode_reference(reference), reference_digest(reference).hex())
-        )
+    def _show_manifest(self, connection: _Connection, seq: int, _command: adm.ShowManifest) -> None:
+        self._answer(connection, seq, manifests.show(self._vault))
+
+    def _manifest_status(self, connection: _Connection, seq: int, _command: adm.ManifestStatus) -> None:
+        self._answer(connection, seq, manifests.report(self._vault, int(time.time())))
 
     def _list_drift(self, connection: _Connection, seq: int, _command: adm.ListDrift) -> None:
         stored = {name: (since, entry) for name, _raw, since, entry in self._vault.store.drift()}

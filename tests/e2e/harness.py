@@ -29,7 +29,7 @@ from hostd.admin.link import Link
 from hostd.config import Config, load_config
 from hostd.ipc import operating as adm
 from hostd.platform import program
-from tests.support import qemu
+from tests.support import officers, qemu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -104,6 +104,9 @@ class Settings:
     more: str = ""
     uids: Mapping[str, int] = field(default_factory=dict)
     """Role → uid; empty: all roles run as this user."""
+    officers: tuple[str, ...] = ("officer",)
+    """Names of officers; each gets a key."""
+    quorum: int = 1
 
 
 class Host:
@@ -148,7 +151,7 @@ class Host:
     def write_config(self) -> None:
         settings = self.settings
         users = "".join(f"{role} = {uid}\n" for role, uid in settings.uids.items())
-        more = settings.more + (f"[users]\n{users}" if users else "")
+        more = settings.more + (f"[users]\n{users}" if users else "") + self.officers_section()
         self.config_path.write_text(
             CONFIG.format(
                 directory=self.directory,
@@ -158,6 +161,15 @@ class Host:
                 more=more,
             )
         )
+
+    def officer(self, name: str) -> officers.Officer:
+        """An officer's key; made when it is first asked for."""
+        made = officers.Officer(self.directory / name)
+        return made if made.path.exists() else officers.make(self.directory, name)
+
+    def officers_section(self) -> str:
+        keys = json.dumps([self.officer(name).line for name in self.settings.officers])
+        return f"[officers]\nkeys = {keys}\nquorum = {self.settings.quorum}\n"
 
     def setup(self, *, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`hostd setup`; the run directory is as tmpfiles.d makes it: every role may add its sockets."""
@@ -278,14 +290,20 @@ class Host:
         """All entries, as they are on the disk."""
         return [json.loads(line) for line in (self.state / "ledger.jsonl").read_bytes().splitlines()]
 
+    def install(self, manifest: Path) -> None:
+        """Every officer signs, and it comes into force."""
+        for name in self.settings.officers:
+            self.hostctl("manifest", "sign", str(manifest), "-k", str(self.officer(name).path))
+        self.hostctl("manifest", "install", str(manifest))
+
     def adopt(self, *tenants: tuple[str, int]) -> None:
-        """Baseline of what runs now, tenants with one user each, and a trust bundle."""
+        """Manifest of what runs now, tenants with one user each, and a trust bundle."""
         base = self.directory / "base.json"
         until(
-            lambda: self.hostctl("baseline", "capture", "-o", str(base), check=False).returncode == 0,
+            lambda: self.hostctl("manifest", "from-host", "-o", str(base), check=False).returncode == 0,
             "capture",
         )
-        self.hostctl("baseline", "install", str(base))
+        self.install(base)
         self.wait_open()
         for name, uid in tenants:
             self.ask(adm.CreateTenant(name=name), adm.Nothing)
@@ -365,8 +383,8 @@ def prepared(binary: Path, settings: Settings | None = None) -> Iterator[Host]:
 def adopted(
     binary: Path, settings: Settings | None = None, *, tenants: tuple[tuple[str, int], ...] = (("acme", 0),)
 ) -> Iterator[Host]:
-    """A host that serves: started, baseline in force, user 0 in tenant acme. The VMs that run now are
-    in its baseline."""
+    """A host that serves: started, manifest in force, user 0 in tenant acme. The VMs that run now are
+    in its manifest."""
     with prepared(binary, settings) as host:
         host.start()
         until(lambda: (s := host.status()) and s.keys_unlocked, "the root key is unsealed")

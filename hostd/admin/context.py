@@ -1,0 +1,83 @@
+"""What every command of hostctl shares: the configuration, the vault's answers, and how they are shown."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+import msgspec
+
+from hostd.admin.link import Link, plain
+from hostd.admin.render import safe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from rich.console import Console
+
+    from hostd.config import Config
+    from hostd.ipc import operating as adm
+
+T = TypeVar("T")
+LONG_S: Final = 900.0
+"""A survey of a whole system on a slow machine."""
+
+
+class Context:
+    """One run of hostctl."""
+
+    def __init__(self, config: Config, as_json: bool) -> None:
+        self.config = config
+        self.as_json = as_json
+
+    @cached_property
+    def out(self) -> Console:
+        """For tables and colours; imported when there is one to show: it takes a quarter of the start."""
+        from rich.console import Console
+
+        return Console(soft_wrap=True)
+
+    def ask(
+        self, command: adm.GatedCommand | adm.UngatedCommand, result: type[T], timeout_s: float = 30.0
+    ) -> T:
+        """The vault's answer.
+
+        Raises:
+            HostdError: the vault's refusal, or no answer.
+        """
+        link = Link(self.config, timeout_s=timeout_s)
+        try:
+            return link.ask(command, result)
+        finally:
+            link.close()
+
+    def show(self, value: Any, render: Callable[[], None]) -> None:
+        """The answer as it came with `--json`, else rendered."""
+        if self.as_json:
+            click.echo(json.dumps(plain(value), indent=2, default=_jsonable))
+        else:
+            render()
+
+    def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*(Text(safe(cell)) for cell in row))
+        self.out.print(table)
+
+
+def made(command: type[T], **fields: object) -> T:
+    """A command with its limits checked here, so that the mistake is shown where it was made."""
+    made = command(**fields)
+    try:
+        return msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=command)
+    except msgspec.ValidationError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _jsonable(value: object) -> object:
+    return bytes(value).hex() if isinstance(value, bytes | memoryview) else str(value)

@@ -1,0 +1,353 @@
+"""`hostctl manifest`: commands that make a manifest. None of them puts anything into force."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+import msgspec
+
+from guestlib.errors import HostdError, MalformedError
+from hostd.admin.context import LONG_S, Context
+from hostd.admin.manifest_files import (
+    IN_FORCE,
+    hash_files,
+    hash_folders,
+    kernel_path,
+    load,
+    read,
+    write,
+)
+from hostd.admin.manifest_keylime import MAX_POLICY_BYTES, parse_policy
+from hostd.admin.manifest_packages import (
+    Contents,
+    installed_packages,
+    of_apt,
+    read_deb,
+    read_installed,
+)
+from hostd.admin.render import safe
+from hostd.core.manifest import DAY_S, approve_next, checked, diff, merged, new_document, ordered
+from hostd.core.manifest import retire as retired
+from hostd.core.reference import Reference, Source, parse_reference
+from hostd.ipc import operating as adm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
+FOLDER: Final = click.Path(path_type=Path, exists=True, file_okay=False)
+DAYS: Final = click.IntRange(0, 3650)
+PROPOSED_DAYS: Final = 14
+"""How long a proposal lets old builds run: VMs are to be restarted or moved away by then."""
+
+output = click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+chain = (
+    click.option("--host", default=lambda: os.uname().nodename, help="Default: this machine's name."),
+    click.option("--on", metavar="BASE", help=f"The manifest that it is to follow (`{IN_FORCE}`: in force)."),
+    click.option("--into", type=FILE, help="Put the digests into this one that nobody has signed yet."),
+)
+
+
+def chained(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(chain):
+        command = option(command)
+    return command
+
+
+def tell(context: Context, path: Path, reference: Reference, *notes: str) -> None:
+    """Writes the document, and says what it is and how to go on."""
+    digest = write(path, reference)
+    value = {
+        "file": str(path),
+        "digest": digest,
+        "version": reference.version,
+        "files": len(reference.files),
+        "next": len(reference.next),
+        "retire": len(reference.retire),
+        "notes": list(notes),
+    }
+
+    def render() -> None:
+        for note in notes:
+            click.echo(f"note: {note}", err=True)
+        click.echo(
+            f"wrote {path}: version {reference.version}, {len(reference.files)} files, "
+            f"{len(reference.next)} next, {len(reference.retire)} retire\n"
+            f"digest {digest}\nreview it, then: hostctl manifest sign {path} -k KEY; "
+            f"hostctl manifest install {path}"
+        )
+
+    context.show(value, render)
+
+
+def now() -> int:
+    return int(time.time())
+
+
+def _checked(make: Callable[[], Reference]) -> Reference:
+    try:
+        return make()
+    except ValueError as error:
+        raise MalformedError(str(error)) from None
+
+
+def _document(
+    context: Context,
+    digests: Mapping[str, Iterable[str]],
+    sources: Iterable[Source],
+    *,
+    host: str,
+    on: str | None,
+    into: Path | None,
+    **parts: Any,
+) -> Reference:
+    """A new document with these files; `into` keeps everything else of a document that is in the making."""
+    files = merged(digests)
+    if into is not None:
+        if on is not None:
+            raise click.UsageError("--on and --into exclude each other")
+        before = load(context, str(into))
+        changed = msgspec.structs.replace(
+            before, files=files, sources=ordered((*before.sources, *sources)), **parts
+        )
+        return _checked(lambda: checked(changed))
+    base = None if on is None else load(context, on)
+    return _checked(
+        lambda: new_document(created=now(), host=host, base=base, sources=sources, files=files, **parts)
+    )
+
+
+def _packages(
+    names: Iterable[str], debs: Iterable[Path], *, archive: bool
+) -> tuple[dict[str, tuple[str, ...]], list[Source]]:
+    found: list[Contents] = [read_deb(path, archive=archive) for path in debs]
+    for name in names:
+        found += read_installed(name, archive=archive)
+    digests = merged(*({path: (digest,) for path, digest in item.digests.items()} for item in found))
+    return digests, [item.source for item in found]
+
+
+def _notes(sources: Iterable[Source]) -> list[str]:
+    """What a reviewer should know about the digests' origin."""
+    found = list(sources)
+    counts = {how: sum(1 for s in found if s.how == how) for how in ("deb-archive", "deb", "installed")}
+    texts = {
+        "deb-archive": "from .deb files that apt's lists have",
+        "deb": "from .deb files that no list of apt's has",
+        "installed": "from installed files that agree with dpkg's own sums",
+    }
+    return [f"{count} packages {texts[how]}" for how, count in counts.items() if count]
+
+
+@click.command()
+@output
+@chained
+@click.option("--file", "files", type=FILE, multiple=True, help="A file, whatever it holds.")
+@click.option("--folder", "folders", type=FOLDER, multiple=True, help="All code under a folder.")
+@click.pass_obj
+def create(
+    context: Context,
+    output: Path,
+    host: str,
+    on: str | None,
+    into: Path | None,
+    files: tuple[Path, ...],
+    folders: tuple[Path, ...],
+) -> None:
+    """Make a manifest from files of this machine (or an empty one)."""
+    digests = merged(hash_files(files), hash_folders(folders))
+    sources = [Source(str(path)[:256], "files") for path in (*files, *folders)]
+    tell(context, output, _document(context, digests, sources, host=host, on=on, into=into))
+
+
+@click.command("from-packages")
+@click.argument("packages", metavar="[PKG]...", nargs=-1)
+@output
+@chained
+@click.option("--deb", "debs", type=FILE, multiple=True, help="A .deb file.")
+@click.option("--installed", is_flag=True, help="All packages that are installed.")
+@click.option("--no-archive", is_flag=True, help="Do not compare with apt's lists.")
+@click.pass_obj
+def from_packages(
+    context: Context,
+    packages: tuple[str, ...],
+    output: Path,
+    host: str,
+    on: str | None,
+    into: Path | None,
+    debs: tuple[Path, ...],
+    installed: bool,
+    no_archive: bool,
+) -> None:
+    """Make a manifest of the code in Debian packages, as the packages say it is."""
+    names = installed_packages() if installed else packages
+    if not names and not debs:
+        raise click.UsageError("name packages, --deb files or --installed")
+    digests, sources = _packages(names, debs, archive=not no_archive)
+    reference = _document(context, digests, sources, host=host, on=on, into=into)
+    tell(context, output, reference, *_notes(sources))
+
+
+@click.command("import-keylime")
+@click.argument("policy", type=FILE)
+@output
+@chained
+@click.pass_obj
+def import_keylime(
+    context: Context, policy: Path, output: Path, host: str, on: str | None, into: Path | None
+) -> None:
+    """Make a manifest from a Keylime runtime policy (JSON)."""
+    data = read(policy, MAX_POLICY_BYTES)
+    found = parse_policy(data)
+    source = Source(policy.name[:256], "keylime", sha256=hashlib.sha256(data).hexdigest())
+    reference = _document(context, found.files, [source], host=host, on=on, into=into, ima=found.ima)
+    tell(context, output, reference, *(f"left out: {text}" for text in found.left_out))
+
+
+@click.command("from-host")
+@output
+@click.pass_obj
+def from_host(context: Context, output: Path) -> None:
+    """Read this host as it is, through the vault, into a manifest for review."""
+    click.echo("reading files, processes and the kernel; this takes a while …", err=True)
+    document = context.ask(adm.CaptureManifest(), adm.Document, LONG_S).document
+    tell(context, output, parse_reference(document))
+
+
+@click.command("approve-next")
+@click.argument("base")
+@output
+@click.option("--deb", "debs", type=FILE, multiple=True, help="A .deb file that will be installed.")
+@click.option("--file", "files", type=FILE, multiple=True, help="A file that will replace one of its path.")
+@click.option("--as", "path_as", metavar="PATH", help="With one --file: the path that it will have.")
+@click.option("--retire-after", type=DAYS, metavar="DAYS", help="Old digests of the same paths end then.")
+@click.option("--no-archive", is_flag=True, help="Do not compare with apt's lists.")
+@click.pass_obj
+def approve(
+    context: Context,
+    base: str,
+    output: Path,
+    debs: tuple[Path, ...],
+    files: tuple[Path, ...],
+    path_as: str | None,
+    retire_after: int | None,
+    no_archive: bool,
+) -> None:
+    """Accept new builds besides those that BASE accepts (a file, or `@`: in force)."""
+    if not debs and not files:
+        raise click.UsageError("name --deb or --file")
+    if path_as is not None and len(files) != 1:
+        raise click.UsageError("--as goes with one --file")
+    digests, sources = _packages((), debs, archive=not no_archive)
+    by_hand = hash_files(files)
+    if path_as is not None:
+        by_hand = {kernel_path(path_as): next(iter(by_hand.values()))}
+    sources += [Source(str(path)[:256], "files") for path in files]
+    reference = _checked(
+        lambda: approve_next(
+            load(context, base),
+            merged(digests, by_hand),
+            created=now(),
+            sources=sources,
+            retire_after_s=None if retire_after is None else retire_after * DAY_S,
+        )
+    )
+    tell(context, output, reference, *_notes(sources))
+
+
+@click.command()
+@click.argument("base")
+@output
+@click.option("--path", "paths", multiple=True, help="Only this path (again for more).")
+@click.option("--unseen", is_flag=True, help="Only digests that this host does not use, as the vault saw it.")
+@click.option("--after", type=DAYS, metavar="DAYS", default=0, help="Not now, but after so many days.")
+@click.pass_obj
+def retire(
+    context: Context, base: str, output: Path, paths: tuple[str, ...], unseen: bool, after: int
+) -> None:
+    """End an update: what was next in BASE (a file, or `@`: in force) is in use, and what it replaced
+    ends."""
+    seen = context.ask(adm.ManifestStatus(), adm.ManifestReport).seen if unseen else None
+    reference = _checked(
+        lambda: retired(
+            load(context, base), created=now(), paths=paths or None, seen=seen, after_s=after * DAY_S
+        )
+    )
+    tell(context, output, reference)
+
+
+@click.command()
+@click.option("--deb", "debs", type=FILE, multiple=True, help="A .deb file that will be installed.")
+@click.option("--apt", "by_apt", is_flag=True, help="As apt's hook: files on standard input; never fails.")
+@click.option("--retire-after", type=DAYS, metavar="DAYS", default=PROPOSED_DAYS, show_default=True)
+@click.pass_obj
+def propose(context: Context, debs: tuple[Path, ...], by_apt: bool, retire_after: int) -> None:
+    """Prepare the manifest that packages to be installed need, on top of the one in force, for officers to
+    sign."""
+    if not by_apt:
+        _propose(context, debs, retire_after)
+        return
+    try:
+        _propose(context, of_apt(sys.stdin), retire_after)
+    except (HostdError, OSError, ValueError) as error:
+        click.echo(f"hostd: no manifest was proposed: {error}", err=True)
+
+
+def _propose(context: Context, debs: Iterable[Path], retire_after: int) -> None:
+    base = load(context, IN_FORCE)
+    digests, sources = _packages((), debs, archive=False)
+    unknown = {
+        path: values
+        for path, values in digests.items()
+        if not set(values) <= set(base.at(now()).expected(path))
+    }
+    if not unknown:
+        click.echo("hostd: the manifest in force knows these packages", err=True)
+        return
+    reference = _checked(
+        lambda: approve_next(
+            base, unknown, created=now(), sources=sources, retire_after_s=retire_after * DAY_S
+        )
+    )
+    folder = context.config.state / "proposals"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{reference.version}.json"
+    write(path, reference)
+    click.echo(
+        f"hostd: {len(unknown)} files of {len(sources)} packages are not in the manifest in force\n"
+        f"hostd: review:   hostctl manifest diff {IN_FORCE} {path}\n"
+        f"hostd: each officer:   hostctl manifest sign {path} -k KEY\n"
+        f"hostd: then:   hostctl manifest install {path}",
+        err=True,
+    )
+
+
+@click.command("diff")
+@click.argument("a")
+@click.argument("b")
+@click.pass_obj
+def compare(context: Context, a: str, b: str) -> None:
+    """What manifest B says otherwise than A (files, or `@`: in force). Exit code 1 if something differs."""
+    found = diff(load(context, a), load(context, b))
+    signs = {"added": "+", "removed": "-", "changed": "~"}
+
+    def render() -> None:
+        for item in found:
+            name = "" if item.name == item.part else f" {safe(item.name)}"
+            click.echo(f"{signs[item.what]} {item.part}{name}")
+            for sign, text in (("-", item.before), ("+", item.after)):
+                if text:
+                    click.echo(f"    {sign} {safe(text)}")
+        if not found:
+            click.echo("no difference")
+
+    context.show(found, render)
+    if found:
+        sys.exit(1)

@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,9 +53,8 @@ class MalformedLogError(Exception):
         self.offset = offset
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One measurement."""
+class Entry(NamedTuple):
+    """One measurement. A tuple, as logs have a hundred thousand: a frozen dataclass takes thrice the time."""
 
     pcr: int
     template: str
@@ -129,7 +127,7 @@ def _parse_entry(data: bytes, start: int) -> Entry | None:
     if len(data) - at < name_length:
         return None
     name = data[at : at + name_length]
-    if not all(33 <= byte <= 126 for byte in name):
+    if name not in _PATH_TEMPLATES and not all(33 <= byte <= 126 for byte in name):
         raise MalformedLogError(start, "template name is not printable")
     at += name_length
     violation = template_digest == bytes(_SHA1)
@@ -153,16 +151,15 @@ def _parse_entry(data: bytes, start: int) -> Entry | None:
 
 def _parse_fields(body: bytes, count: int, start: int) -> tuple[str, str, bytes]:
     fields: list[bytes] = []
-    at = 0
-    while at < len(body):
-        if len(fields) == count or len(body) - at < _LENGTH.size:
+    at, size = 0, len(body)
+    while at < size:
+        if len(fields) == count or size - at < 4:
             raise MalformedLogError(start, "template data does not split into its fields")
-        (length,) = _LENGTH.unpack_from(body, at)
-        at += _LENGTH.size
-        if len(body) - at < length:
+        end = at + 4 + int.from_bytes(body[at : at + 4], "little")
+        if end > size:
             raise MalformedLogError(start, "a field is longer than the template data")
-        fields.append(body[at : at + length])
-        at += length
+        fields.append(body[at + 4 : end])
+        at = end
     if len(fields) != count:
         raise MalformedLogError(start, f"{len(fields)} fields instead of {count}")
     label, nul, digest = fields[0].partition(b"\0")

@@ -102,6 +102,8 @@ class ImaLog:
             return Verdict(IMA, Status.DRIFTED, self._findings(reference))
         for entry in entries:
             self.violations += entry.violation
+            if entry.path == AGGREGATE and len(self._aggregates) < MAX_AGGREGATES:
+                self._aggregates.setdefault(entry.content, entry)
             if not self._is_accepted(reading.offset + entry.end):
                 self._judge(entry, reference)
             self.pcr10 = extend(self.pcr10, entry)
@@ -140,8 +142,6 @@ class ImaLog:
         return accepted is not None and accepted.boot_id == self._boot_id and end <= accepted.position
 
     def _judge(self, entry: Entry, reference: Reference) -> None:
-        if entry.path == AGGREGATE and len(self._aggregates) < MAX_AGGREGATES:
-            self._aggregates.setdefault(entry.content, entry)
         always = entry.path == POLICY or entry.template == "ima-buf"
         if entry.path and not always and not entry.path.startswith(self._protected):
             return

@@ -7,6 +7,8 @@ import random
 import struct
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from guestlib.attest.imalog import (
     MAX_TEMPLATE_DATA,
@@ -16,6 +18,7 @@ from guestlib.attest.imalog import (
     extend,
     parse_entries,
     replay,
+    whole_entries,
 )
 from tests.support.imalog import body_of, entry, field, framed, legacy
 
@@ -109,3 +112,43 @@ def test_mutations() -> None:
                 parsed.path.encode()
         except MalformedLogError:
             continue
+
+
+def test_frames_end_where_entries_do() -> None:
+    """Over whole logs, cuts and mutations: the quick way gets as far as the parser, or further."""
+    log = (
+        entry("/usr/bin/a")
+        + legacy("/usr/bin/b")
+        + framed(b"d-ng|n", b"x" * 40)
+        + entry("/c", violation=True)
+    )
+    for length in range(len(log) + 1):
+        parsed = parse_entries(log[:length])
+        assert whole_entries(log[:length]) == (parsed[-1].end if parsed else 0)
+    chance = random.Random(3)
+    for _ in range(3000):
+        data = bytearray(log)
+        for _ in range(chance.randint(1, 3)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        try:
+            end = whole_entries(bytes(data))
+        except MalformedLogError:
+            with pytest.raises(MalformedLogError):
+                parse_entries(bytes(data))
+            continue
+        assert end <= len(data)
+        try:
+            parsed = parse_entries(bytes(data))
+        except MalformedLogError:
+            continue
+        assert end == (parsed[-1].end if parsed else 0)
+
+
+@given(st.binary(max_size=200))
+def test_only_the_malformed_error_escapes(data: bytes) -> None:
+    for candidate in (data, entry("/a") + data):
+        for parse in (parse_entries, whole_entries):
+            try:
+                parse(candidate)
+            except MalformedLogError:
+                continue

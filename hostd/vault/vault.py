@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from hostd.config import Config
     from hostd.core.callers import Caller
     from hostd.core.reference import Reference
-    from hostd.core.reference import Reference
     from hostd.ipc import serving
     from hostd.ipc.loop import Loop
 
@@ -195,11 +194,6 @@ class Vault:
     def new_reference(self) -> None:
         """Other reference values are in force: everything is judged anew."""
         self.measuring.restart()
-
-    def judge_by(self, reference: Reference) -> None:
-        """Some digests have retired: everything that is read from now on is judged without them."""
-        if self.measuring.appraiser is not None:
-            self.measuring.appraiser.reference = reference
 
     def judge_by(self, reference: Reference) -> None:
         """Some digests have retired: everything that is read from now on is judged without them."""

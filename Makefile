@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 BUILD  := build
 APT    := python3-venv python3-dev gcc pkg-config libtss2-dev libvirt-dev libseccomp2 swtpm swtpm-tools tpm2-tools \
-          qemu-system-x86 qemu-utils ovmf mmdebstrap e2fsprogs openssl git
+          qemu-system-x86 qemu-utils ovmf mmdebstrap e2fsprogs openssl openssh-client git
 SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .PHONY: help demo test check bench lab clean packages venv

@@ -25,7 +25,7 @@ from qemu.install import REPO
 from qemu.installed import ensure_installed
 from qemu.machine import Settings
 from qemu.process import quiet
-from qemu.service import BASELINE, METRICS, ROLES, Service
+from qemu.service import MANIFEST, METRICS, OFFICER, ROLES, Service
 from qemu.tamper import Patch, patch_code, put_back
 from qemu.telling import Teller
 
@@ -81,7 +81,7 @@ class Demo:
         tell = self.tell
         with tell.step("Boot a KVM host with TPM 2.0 and IMA, in a virtual machine; make hostd's keys there"):
             self.host.boot(settled=False)
-            self._say_command("hostd setup")
+            self._say_command(f"hostd setup --officer {OFFICER}.pub")
             tell.output(self.service.set_up(SURVEY))
             self.host.settle()
             self._host("cat /proc/cmdline; ls /dev/kvm /dev/tpmrm0 /dev/vhost-vsock")
@@ -94,12 +94,13 @@ class Demo:
             self._host("systemctl is-active " + " ".join(f"hostd-{role}" for role in ROLES))
 
     def baseline(self) -> None:
-        with self.tell.step("Take reference values from the host as it is, review them, put them into force"):
+        with self.tell.step("Make a manifest of the host as it is, review it, sign it as an officer, put it into force"):
             failed: list[LabError] = []
             waiting = threading.Thread(target=self._await_guest, args=(failed,))
             waiting.start()  # the guest's kernel still boots
-            self._ctl(f"baseline capture -o {BASELINE}", timeout=900)
-            self._ctl(f"baseline install {BASELINE}")
+            self._ctl(f"manifest from-host -o {MANIFEST}", timeout=900)
+            self._ctl(f"manifest sign {MANIFEST} -k {OFFICER}")
+            self._ctl(f"manifest install {MANIFEST}")
             waiting.join()
             if failed:
                 raise failed[0]

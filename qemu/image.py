@@ -28,7 +28,7 @@ PACKAGES: Final = (
     *("linux-image-cloud-amd64", "initramfs-tools", "zstd", "systemd-sysv", "udev", "dbus", "kmod"),
     *("iproute2", "procps", "less", "busybox-static"),
     # A KVM host.
-    *("qemu-system-x86", "libvirt-daemon-system", "libvirt-clients"),
+    *("qemu-system-x86", "libvirt-daemon-system", "libvirt-clients", "openssh-client"),
     # What hostd runs on: its Python, and the libraries its compiled dependencies load.
     *("python3", "libseccomp2", "tpm2-tools", "libtss2-esys-3.0.2-0", "libtss2-fapi1", "libtss2-rc0"),
     *("libtss2-mu0", "libtss2-sys1", "libtss2-tctildr0", "libtss2-tcti-device0"),

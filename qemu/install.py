@@ -12,7 +12,8 @@ from qemu.process import step
 from qemu.wheels import PREFIX, build_trees, guest_packages
 
 REPO: Final = Path(__file__).resolve().parent.parent
-SYSUSERS: Final = "hostd.sysusers"
+SYSAPT_HOOK: Final = "/etc/apt/apt.conf.d/90hostd"
+USERS: Final = "hostd.sysusers"
 TMPFILES: Final = "hostd.tmpfiles"
 UNIT_PATTERNS: Final = ("*.service", "*.socket", "*.target", "*.slice", "*.timer", "*.path")
 IMA_POLICY: Final = "/etc/ima/ima-policy"  # systemd loads it at boot
@@ -31,6 +32,7 @@ def install_hostd(host: LabHost, repo: Path = REPO) -> None:
             _install_units(host, repo / "systemd")
             host.run("mkdir -p /etc/hostd /etc/ima")
             host.put(repo / "systemd" / "ima-policy", IMA_POLICY)
+            host.put(repo / "systemd" / "apt-hook.conf", APT_HOOK)
 
 
 def install_guests(host: LabHost, repo: Path = REPO) -> None:

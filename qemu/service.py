@@ -16,7 +16,9 @@ from qemu.process import step
 
 CONFIG: Final = "/etc/hostd/hostd.toml"
 TRUST: Final = "/etc/hostd/trust.json"
-BASELINE: Final = "/etc/hostd/baseline.json"
+MANIFEST: Final = "/etc/hostd/manifest.json"
+OFFICER: Final = "/etc/hostd/officer"
+"""The officer's SSH key: made by the lab, without a passphrase."""
 LOADED_POLICY: Final = "/sys/kernel/security/ima/policy"
 ROLES: Final = ("measurer", "vault", "gateway", "metrics")
 METRICS: Final = "http://127.0.0.1:9464/metrics"
@@ -63,15 +65,16 @@ class Service:
     def set_up(self, survey: Sequence[str] = SURVEY) -> str:
         """Configures hostd and makes its TPM objects, root key and store; what ``hostd setup`` said.
 
-        ``survey`` is what a baseline hashes; what it leaves out and the kernel has not measured either is
+        ``survey`` is what a manifest hashes; what it leaves out and the kernel has not measured either is
         drift as soon as it is executed.
         """
         with step("setting hostd up: TPM objects, root key, store"):
             self.host.put(_CONFIG.format(survey=json.dumps(survey)).encode(), CONFIG)
-            return self.host.run(["hostd", "setup"], 180).text
+            self.host.run(f"test -e {OFFICER} || ssh-keygen -q -t ed25519 -N '' -C officer@lab -f {OFFICER}")
+            return self.host.run(["hostd", "setup", "--officer", f"{OFFICER}.pub"], 180).text
 
     def start(self) -> None:
-        """Starts hostd, now and at every boot; the gate is closed for want of a baseline."""
+        """Starts hostd, now and at every boot; the gate is closed for want of a manifest."""
         with step("starting hostd"):
             self.enable()
             self.wait_active()
@@ -110,10 +113,11 @@ class Service:
         return json.loads(self.ctl("--json", *arguments, timeout=timeout).stdout)
 
     def baseline(self) -> None:
-        """Captures reference values from the host as it runs, and puts them into force."""
-        with step("capturing a baseline of the host and installing it"):
-            self.ctl("baseline", "capture", "-o", BASELINE, timeout=900.0)
-            self.ctl("baseline", "install", BASELINE)
+        """Makes a manifest of the host as it runs, signs it as the officer, and puts it into force."""
+        with step("making a manifest of the host, signing and installing it"):
+            self.ctl("manifest", "from-host", "-o", MANIFEST, timeout=900.0)
+            self.ctl("manifest", "sign", MANIFEST, "-k", OFFICER)
+            self.ctl("manifest", "install", MANIFEST)
 
     def adopt(self, guest: Guest, tenant: str) -> None:
         """Makes the tenant if need be, binds the guest to it, and gives the guest a trust bundle."""

@@ -120,13 +120,13 @@ class Running:
 
 @pytest.fixture(scope="session")
 def running(lab_tools: None, hosts: list[LabHost]) -> Iterator[Running]:
-    """hostd as installed and started by systemd, with a baseline, tenants and guests."""
+    """hostd as installed and started by systemd, with a manifest, tenants and guests."""
     disk = ensure_installed()
     with LabHost(disk=disk) as host:
         switch_off(hosts)
         hosts.append(host)
         host.boot()
-        # Also at every boot: a module that the baseline does not have would be drift.
+        # Also at every boot: a module that the manifest does not have would be drift.
         host.put(b"vsock_loopback\n", "/etc/modules-load.d/vsock-loopback.conf")
         host.run(["modprobe", "vsock_loopback"])
         service = Service(host)

@@ -52,7 +52,7 @@ def test_a_role_has_its_user_and_capabilities_and_no_more(running: Running, role
 
 def test_no_role_is_reachable_but_where_the_design_says(running: Running) -> None:
     """The metrics on loopback, guests on vsock: nothing else listens."""
-    # Not with ss: the kernel would load tcp_diag for it, a module that the baseline does not have.
+    # Not with ss: the kernel would load tcp_diag for it, a module that the manifest does not have.
     tables = running.host.run(["cat", "/proc/net/tcp", "/proc/net/tcp6", "/proc/net/udp"]).text
     listening = [line.split()[1] for line in tables.splitlines() if line.split()[3] in (LISTEN, UNCONNECTED)]
     assert listening == ["0100007F:24F8"]  # 127.0.0.1:9464

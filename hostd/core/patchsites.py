@@ -155,7 +155,7 @@ def _conditional(site: Site, seen: bytes, world: World) -> str:
 
 
 def _trampoline(site: Site, seen: bytes, world: World) -> str:
-    if seen[:5] == RETURN5:
+    if seen[:5] == RETURN5 and seen[5:] == site.compiled[5:]:
         return "returns"
     called = _named(site, seen, world)
     if seen[0] == _JMP and called and seen[5:] == site.compiled[5:]:
@@ -269,10 +269,11 @@ def _fits(code: bytes, seen: bytes, moved: int, address: int) -> bool:
         step = _moved_branch(code, seen, at, moved)
         if step:
             at += step
-        elif code[at] == seen[at]:
-            at += 1
-        else:
+        elif code[at] != seen[at] or (at == 0 and branch(code, address) is not None):
+            # Only of the first byte is it sure that it is an instruction's, and no operand.
             return False
+        else:
+            at += 1
     return True
 
 

@@ -32,6 +32,10 @@ _PAYLOAD: Final = 0x248
 _LZ4_MAGIC: Final = bytes.fromhex("02214c18")
 _LZ4_BLOCK: Final = 8 << 20
 """Bytes that each block of the legacy format unpacks to; the last may have fewer."""
+_BROKEN: Final = (
+    *(ValueError, EOFError, OSError, MemoryError),
+    *(zlib.error, lzma.LZMAError, zstandard.ZstdError, lz4.block.LZ4BlockError),
+)
 
 
 class MalformedImageError(Exception):
@@ -71,9 +75,7 @@ def unpack(data: bytes, *, trailer: int = 0) -> bytes:
         if data.startswith(magic):
             try:
                 return method(data, trailer)
-            except (ValueError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-                raise MalformedImageError(f"does not unpack: {error}") from error
-            except (RuntimeError, zstandard.ZstdError) as error:
+            except _BROKEN as error:
                 raise MalformedImageError(f"does not unpack: {error}") from error
     raise MalformedImageError(f"unknown compression {data[:6].hex(' ')}")
 
@@ -97,6 +99,8 @@ def _lz4(data: bytes, trailer: int) -> bytes:
         at += length
         if len(out) > MAX_UNPACKED_BYTES:
             raise MalformedImageError(f"unpacks to over {MAX_UNPACKED_BYTES} bytes")
+    if at != end or not out:
+        raise MalformedImageError("ends amid a block")
     return bytes(out)
 
 

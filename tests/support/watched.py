@@ -23,6 +23,7 @@ class Watched:
     """A measurer of one binary's processes, and an appraiser with a baseline."""
 
     def __init__(self, binary: Path, *, allow_jit: bool = True) -> None:
+        self.binary = binary
         self.config = Config(
             hypervisor=Hypervisor(binaries=(str(binary),), provider="proc", allow_jit=allow_jit)
         )

@@ -27,7 +27,7 @@ _HEADER: Final = struct.Struct("<4sBBBxxxxxxxxxHHIQQQIHHHHHH")
 _PROGRAM: Final = struct.Struct("<IIQQQQQQ")
 _DYNAMIC: Final = struct.Struct("<qQ")
 _ET_EXEC, _ET_DYN, _EM_X86_64 = 2, 3, 62
-_PT_LOAD, _PT_DYNAMIC, _PT_INTERP, _PT_RELRO = 1, 2, 3, 0x6474E552
+_PT_LOAD, _PT_DYNAMIC, _PT_RELRO = 1, 2, 0x6474E552
 PF_X, PF_W = 1, 2
 
 DT_NEEDED, DT_PLTRELSZ, DT_PLTGOT, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_RELASZ = 1, 2, 3, 4, 5, 6, 7, 8
@@ -61,17 +61,12 @@ class Image:
     """(tag, value) in the file's order, without the closing DT_NULL."""
     needed: tuple[bytes, ...]
     soname: bytes
-    interpreter: bool
-    """It names a dynamic linker, so it is a program."""
+    symbolic: bool
+    """Its own definitions come first for its own references."""
 
     def value(self, tag: int) -> int | None:
         """Value of the last entry with this tag, as the dynamic linker takes it."""
         return next((value for found, value in reversed(self.dynamic) if found == tag), None)
-
-    @property
-    def symbolic(self) -> bool:
-        """Its own definitions come first for its own references."""
-        return self.value(DT_SYMBOLIC) is not None or bool((self.value(DT_FLAGS) or 0) & _DF_SYMBOLIC)
 
     def offset_of(self, address: int, length: int = 1) -> int:
         """File offset of an address range.
@@ -114,21 +109,22 @@ def parse_image(data: memoryview) -> Image | None:
     """
     if bytes(data[:4]) != b"\x7fELF":
         return None
-    loads, dynamic, relro, interpreter = _segments(data)
+    loads, dynamic, relro = _segments(data)
     if dynamic is None:
         return None
     if not loads:
         raise MalformedElfError("nothing is loaded")
     entries = _entries(data, loads, dynamic)
-    bare = Image(loads, relro, dynamic.address, entries, (), b"", interpreter)
+    bare = Image(loads, relro, dynamic.address, entries, (), b"", False)
     strings = bare.table(data, DT_STRTAB, DT_STRSZ, 1)
     needed = tuple(string(strings, value) for tag, value in entries if tag == DT_NEEDED)
     name = bare.value(DT_SONAME)
     soname = b"" if name is None else string(strings, name)
-    return Image(loads, relro, dynamic.address, entries, needed, soname, interpreter)
+    symbolic = bare.value(DT_SYMBOLIC) is not None or bool((bare.value(DT_FLAGS) or 0) & _DF_SYMBOLIC)
+    return Image(loads, relro, dynamic.address, entries, needed, soname, symbolic)
 
 
-def _segments(data: memoryview) -> tuple[tuple[Load, ...], Load | None, tuple[int, int], bool]:
+def _segments(data: memoryview) -> tuple[tuple[Load, ...], Load | None, tuple[int, int]]:
     if len(data) < _HEADER.size:
         raise MalformedElfError("shorter than its header")
     fields = _HEADER.unpack_from(data)
@@ -142,12 +138,11 @@ def _segments(data: memoryview) -> tuple[tuple[Load, ...], Load | None, tuple[in
     loads: list[Load] = []
     dynamic: Load | None = None
     relro = (0, 0)
-    interpreter = False
     for number in range(count):
         kind, flags, offset, address, _, file_size, size, _ = _PROGRAM.unpack_from(
             data, table + number * _PROGRAM.size
         )
-        if kind not in (_PT_LOAD, _PT_DYNAMIC, _PT_INTERP, _PT_RELRO):
+        if kind not in (_PT_LOAD, _PT_DYNAMIC, _PT_RELRO):
             continue
         if file_size > size or address + size > MAX_ADDRESS or offset + file_size > len(data):
             raise MalformedElfError("a segment is out of bounds")
@@ -159,17 +154,15 @@ def _segments(data: memoryview) -> tuple[tuple[Load, ...], Load | None, tuple[in
             loads.append(Load(offset, address, file_size, size, flags))
         elif kind == _PT_DYNAMIC:
             dynamic = Load(offset, address, file_size, size, flags)
-        elif kind == _PT_RELRO:
-            relro = (address & ~7, -(-(address + size) // 8) * 8)
         else:
-            interpreter = True
+            relro = (address & ~7, -(-(address + size) // 8) * 8)
     if relro[1] - relro[0] > MAX_TABLE_BYTES:
         raise MalformedElfError(f"{relro[1] - relro[0]} bytes are relocated")
     if relro[1] and not any(
         a.address // PAGE * PAGE <= relro[0] and relro[1] <= whole_pages(a.address + a.size) for a in loads
     ):
         raise MalformedElfError("what is protected is not loaded")
-    return tuple(loads), dynamic, relro, interpreter
+    return tuple(loads), dynamic, relro
 
 
 def _entries(data: memoryview, loads: tuple[Load, ...], dynamic: Load) -> tuple[tuple[int, int], ...]:

@@ -36,7 +36,6 @@ from hostd.measurer.elf_image import (
     DT_VERSYM,
     MAX_ADDRESS,
 )
-
 from hostd.platform.pages import PAGE, whole_pages
 
 if TYPE_CHECKING:

@@ -79,9 +79,18 @@ class Wanted(NamedTuple):
     """The version's own flag: only a definition with this version will do."""
 
 
+class Filter(NamedTuple):
+    """The Bloom filter of a GNU hash table: a name may be there only if both of its bits are set, bits
+    `hash % 64` and `hash >> shift % 64` of word `hash / 64 & mask`."""
+
+    bloom: array[int]
+    mask: int
+    shift: int
+
+
 @dataclass(frozen=True, slots=True)
 class SymbolTable:
-    """One file's dynamic symbols."""
+    """One file's dynamic symbols. Every name was found to be inside the string table, and to end there."""
 
     count: int
     """Symbols that can be referred to."""
@@ -95,15 +104,9 @@ class SymbolTable:
     _old: dict[bytes, tuple[int, ...]]
 
     def symbol(self, index: int) -> Symbol:
-        """One symbol.
-
-        Raises:
-            MalformedElfError: no such symbol, or its name is out of bounds.
-        """
-        if not 0 <= index < self.count:
-            raise MalformedElfError(f"there is no symbol {index}")
+        """One symbol; `index` below `count`."""
         name, info, other, section, value, size = SYMBOL.unpack_from(self._symbols, index * SYMBOL.size)
-        return Symbol(string(self._strings, name), info, other, section, value, size)
+        return Symbol(self._name(name), info, other, section, value, size)
 
     def version(self, index: int) -> tuple[bytes, bool]:
         """(version name, hidden) that a symbol's reference asks for or its definition has."""
@@ -129,7 +132,7 @@ class SymbolTable:
                 continue
             if (not value and section != SHN_ABS and info & 15 != STT_TLS) or (slot and not section):
                 continue
-            if string(self._strings, name) != wanted.name:
+            if self._name(name) != wanted.name:
                 continue
             if not self._versions:
                 return index
@@ -143,6 +146,15 @@ class SymbolTable:
             elif not entry & _HIDDEN:
                 newest.append(index)
         return newest[0] if len(newest) == 1 else None
+
+    def _name(self, at: int) -> bytes:
+        return self._strings[at : self._strings.index(0, at)]
+
+    @property
+    def filter(self) -> Filter | None:
+        """What tells of most names that the file does not define them; None: it has no such thing."""
+        gnu = self._gnu
+        return None if gnu is None else Filter(gnu.bloom, len(gnu.bloom) - 1, gnu.shift)
 
     def _candidates(self, name: bytes, hashed: int) -> tuple[int, ...] | list[int]:
         if self._gnu is not None:
@@ -162,10 +174,6 @@ class _GnuHash:
     chain: array[int]
 
     def candidates(self, hashed: int, count: int) -> list[int]:
-        bloom = self.bloom
-        word = bloom[(hashed >> 6) & (len(bloom) - 1)]
-        if not word >> (hashed & 63) & word >> (hashed >> self.shift & 63) & 1:
-            return []
         index = self.buckets[hashed % len(self.buckets)]
         found: list[int] = []
         if index < self.first:
@@ -213,6 +221,8 @@ def parse_symbols(data: memoryview, image: Image, referred: int) -> SymbolTable:
         raise MalformedElfError(f"{count} dynamic symbols")
     at = image.offset_of(address, count * SYMBOL.size)
     symbols = bytes(data[at : at + count * SYMBOL.size])
+    if strings[-1:] != b"\0" or max(array("I", symbols)[:: SYMBOL.size // 4], default=0) >= len(strings):
+        raise MalformedElfError("a name is outside the string table")
     versions = array("H")
     table = image.value(DT_VERSYM)
     if table is not None:

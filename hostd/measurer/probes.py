@@ -52,7 +52,7 @@ class Measurer:
         self._ima = ImaProbe()
         self._boot = BootProbe()
         self._kernel = KernelProbe(config)
-        self._relro = RelroProbe(self.registry, pages)
+        self._relro = RelroProbe(self.registry, tagger)
         self._domain = DomainProbe(self.guests)
         self._self = SelfProbe(config, self.registry, self.processes)
         self.guests.look()
@@ -81,7 +81,7 @@ class Measurer:
                     guest = self._named(vm=request.vm)
                     return self._relro.read(guest.hypervisor, guest.found.handle)
                 case Ask(kind=Kind.DOMAIN):
-                    return self._domain.read(self._named(vm=request.vm).hypervisor)
+                    return self._domain.read(self._named(vm=request.vm))
                 case Ask(kind=Kind.SELF):
                     return self._self.read()
                 case AskFile():
@@ -97,6 +97,7 @@ class Measurer:
         alive = self.guests.alive()
         self.registry.release_ended(alive, time.monotonic())
         self.processes.forget_ended(alive)
+        self._relro.forget_ended(alive)
 
     def _named(self, *, vm: str) -> Guest:
         matching = [guest for guest in self.guests.guests if guest.hypervisor.vm == vm]

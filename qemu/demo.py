@@ -94,7 +94,7 @@ class Demo:
             self._host("systemctl is-active " + " ".join(f"hostd-{role}" for role in ROLES))
 
     def baseline(self) -> None:
-        with self.tell.step("Make a manifest of the host as it is, review it, sign it as an officer, put it into force"):
+        with self.tell.step("Make a manifest of the host as it is, review it, sign it, put it into force"):
             failed: list[LabError] = []
             waiting = threading.Thread(target=self._await_guest, args=(failed,))
             waiting.start()  # the guest's kernel still boots

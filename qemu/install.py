@@ -12,8 +12,8 @@ from qemu.process import step
 from qemu.wheels import PREFIX, build_trees, guest_packages
 
 REPO: Final = Path(__file__).resolve().parent.parent
-SYSAPT_HOOK: Final = "/etc/apt/apt.conf.d/90hostd"
-USERS: Final = "hostd.sysusers"
+APT_HOOK: Final = "/etc/apt/apt.conf.d/90hostd"
+SYSUSERS: Final = "hostd.sysusers"
 TMPFILES: Final = "hostd.tmpfiles"
 UNIT_PATTERNS: Final = ("*.service", "*.socket", "*.target", "*.slice", "*.timer", "*.path")
 IMA_POLICY: Final = "/etc/ima/ima-policy"  # systemd loads it at boot

@@ -120,12 +120,13 @@ class Appraiser:
     def _boot_pcrs(self) -> dict[int, bytes]:
         """PCRs that this host booted with: those that quotes are compared with, and of the others what the
         boot event log says, if it agrees with these."""
-        return {**self.boot.values, **self._pcrs}
+        return {**self.boot.replayed, **self._pcrs}
 
     def _guests(self, reading: GuestsReading) -> Verdict:
         self._running = len(reading.hypervisors)
         alive = {(item.pid, item.start_time) for item in reading.hypervisors}
         self._processes.keep_only(alive)
+        self._domains.keep_only(item.vm for item in reading.hypervisors)
         findings = tuple(
             Finding(
                 str(GUESTS),

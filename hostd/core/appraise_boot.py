@@ -65,7 +65,14 @@ class BootJudge:
 
     @property
     def values(self) -> dict[int, bytes]:
-        """PCRs that the log accounts for, once it replays to those that are quoted; else empty."""
+        """Quoted PCRs that the log accounts for, once it replays to them; else empty. A rule is proposed
+        from these."""
+        return {pcr: value for pcr, value in self.replayed.items() if pcr in self._pcrs}
+
+    @property
+    def replayed(self) -> dict[int, bytes]:
+        """All PCRs that the log accounts for, once it replays to those that are quoted; else empty. The
+        others are only the log's word."""
         if self._log is None or not self._pcrs or self._mismatches(self._log):
             return {}
         return {pcr: value for pcr, value in self._log.values.items() if pcr in LOGGED_PCRS}

@@ -17,10 +17,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hostd.core.appraise_ima import ImaLog
 from hostd.core.readings import ImaReading
+from hostd.core.reference import FORMAT, Reference
 from hostd.measurer.ima import ImaProbe
 from tests.bench.report import Report, median
 from tests.support import qemu
@@ -113,23 +114,18 @@ def _rows(report: Report, count: int, found: dict[str, float]) -> None:
         report.add("measure.rss_mb", found["private_mb"], "MB", samples=1, note=f"as measure.rss_mb.{count}")
 
 
-class _Known:
-    """The part of the reference values that the log is judged by, with a digest for every entry."""
-
-    def __init__(self) -> None:
-        self._files = {
-            f"/usr/lib/x/file-{number}": (sha256(str(number).encode()).hexdigest(),)
-            for number in range(ENTRIES)
-        }
-
-    def measured(self, path: str) -> tuple[str, ...]:
-        return tuple(f"sha256:{digest}" for digest in self._files.get(path, ()))
+def _known() -> Reference:
+    """Reference values with a digest for every entry."""
+    files = {
+        f"/usr/lib/x/file-{number}": (sha256(str(number).encode()).hexdigest(),) for number in range(ENTRIES)
+    }
+    return Reference(format=FORMAT, version=1, created=0, host="bench", files=files)
 
 
 def log(report: Report) -> None:
     """Rows of the IMA log, on a log of our own making: this machine's kernel may keep none."""
     data = b"".join(entry(f"/usr/lib/x/file-{number}", str(number).encode()) for number in range(ENTRIES))
-    known: Any = _Known()
+    known = _known()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "log"
         path.write_bytes(data)

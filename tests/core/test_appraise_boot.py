@@ -150,6 +150,11 @@ def test_fewer_events_than_reviewed() -> None:
 
 def test_value_that_is_not_quoted() -> None:
     unquoted = {pcr: value for pcr, value in SEALED.items() if pcr != 6}
+    known = BootJudge(unquoted)
+    known.appraise(BOOT, reading(), reference())
+    assert known.values == unquoted
+    assert known.replayed == SEALED
+    assert judge(pcrs=unquoted, boot=propose_boot(known.values)).good
     assert only(judge(pcrs=unquoted), Code.BOOT_PCR).seen == "not quoted"
 
 

@@ -53,7 +53,7 @@ Key = tuple[str, int]
 
 
 class KernelProbe:
-    """Reads the kernel. Only the thread that made it may call it."""
+    """Reads the kernel. One thread at a time may call it; it shares nothing with other probes."""
 
     def __init__(self, config: Config | None = None) -> None:
         del config

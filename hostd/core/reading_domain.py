@@ -59,9 +59,12 @@ class DomainReading(Struct, frozen=True, tag="domain"):
     """Sorted, each once."""
     definition: Sha256
     """Over the canonical XML (C14N 2.0), or the command line. It changes when a disk is plugged in."""
-    said_vm: Annotated[str, msgspec.Meta(max_length=36)]
-    """UUID on the process's command line; empty if it says none, or two."""
-    said_cid: Count
-    """CID on the process's command line; 0 if it says none (plugged in later), or two."""
+    said_vms: Annotated[tuple[Label, ...], msgspec.Meta(max_length=16)]
+    """UUIDs that the process's command line says."""
+    said_cids: Annotated[tuple[Count, ...], msgspec.Meta(max_length=16)]
+    """CIDs that it says; none where the device was plugged in later."""
     said: Sha256
-    """Over the process's command line."""
+    """Over the command line."""
+    answered: bool
+    """Whether libvirt said so in this reading. False: it is silent, and this is what it said last of this
+    very process; nobody but libvirt plugs devices."""

@@ -26,22 +26,40 @@ class Said(NamedTuple):
     vm: str
     name: str
     cid: int
+    run: int = 0
+    """Number that libvirt gave to this run of the machine; 0 where nobody vouches."""
 
 
-def parse_command_line(data: bytes) -> Said:
-    """Parses /proc/PID/cmdline: arguments, each ended by NUL."""
+def options(data: bytes) -> list[tuple[str, str]]:
+    """Options and values of /proc/PID/cmdline, whose arguments each end with NUL: QEMU takes `-x` and `--x`
+    alike."""
     arguments = data.decode("utf-8", "backslashreplace").split("\0")
+    return [
+        (option.removeprefix("-").removeprefix("-"), value)
+        for option, value in itertools.pairwise(arguments)
+        if option.startswith("-")
+    ]
+
+
+def parse_claims(data: bytes) -> tuple[set[str], set[str], set[int]]:
+    """All UUIDs (empty for one that is none), names and vsock CIDs that a command line says."""
     vms: set[str] = set()
     names: set[str] = set()
     cids: set[int] = set()
-    for option, value in itertools.pairwise(arguments):
-        match option.removeprefix("-").removeprefix("-") if option.startswith("-") else "":
+    for option, value in options(data):
+        match option:
             case "uuid":
                 vms.add(_uuid(value))
             case "name":
                 names.add(_name(value))
             case "device":
                 cids |= _cid(value)
+    return vms, names, cids
+
+
+def parse_command_line(data: bytes) -> Said:
+    """Parses /proc/PID/cmdline."""
+    vms, names, cids = parse_claims(data)
     return Said(
         vms.pop() if len(vms) == 1 else "",
         names.pop() if len(names) == 1 else "",
@@ -77,8 +95,9 @@ def _cid(value: str) -> set[int]:
             device = json.loads(value)
         except (ValueError, RecursionError):
             return set()
-        if isinstance(device, dict) and "guest-cid" in device:
-            texts.add(str(device["guest-cid"]))
+        cid = device.get("guest-cid")
+        if isinstance(cid, str | int):
+            texts.add(str(cid))
     else:
         texts |= {part.removeprefix("guest-cid=") for part in _pairs(value) if part.startswith("guest-cid=")}
     return {int(text) for text in texts if _CID.fullmatch(text) and 2 < int(text) <= _LAST_CID}

@@ -12,7 +12,7 @@ import pytest
 
 from guestlib.attest.imalog import parse_entries
 from hostd.core.readings import ImaReading, Missing
-from hostd.measurer.guests import Directory
+from hostd.measurer.directory import Directory
 from hostd.measurer.holders import GRACE_S, Holders
 from hostd.measurer.ima import ImaProbe
 from hostd.measurer.posture import PostureError, PostureProbe

@@ -28,7 +28,8 @@ class BpfProgram(Struct, frozen=True):
     type: Count
     """enum bpf_prog_type."""
     tag: Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
-    """First 8 bytes of the SHA-1 of its instructions, with map references taken out."""
+    """First 8 bytes of the digest of its instructions with map references taken out: SHA-1, or SHA-256
+    since Linux 6.18 (kernel/bpf/core.c, `bpf_prog_calc_tag`)."""
     name: Annotated[str, msgspec.Meta(max_length=32)]
 
 

@@ -1,7 +1,8 @@
 """Owner of bpf(2): which programs are loaded. Loads and attaches nothing.
 
-Program numbers count up and are not reused before 2^31 loads (kernel/bpf/syscall.c, `idr_alloc_cyclic`);
-a number may go away while the list is walked, and is then not in it. Needs CAP_SYS_ADMIN.
+A program does not change, and its number is not given to another before 2^31 loads (kernel/bpf/syscall.c,
+`idr_alloc_cyclic`), so what is known of a number holds for `KNOWN_S`. A number may go away while the list is
+walked, and is then not in it. Needs CAP_SYS_ADMIN.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import errno
 import os
 import platform
 import struct
+import time
 from dataclasses import dataclass
 from typing import Final
 
 MAX_PROGRAMS: Final = 4096
 """A systemd host has some 10 to 100; one with a BPF network some hundreds."""
+KNOWN_S: Final = 30.0
+"""Seconds. 2^31 loads take a CPU hours."""
 _SYS_BPF: Final = {"x86_64": 321, "aarch64": 280}
 _PROG_GET_NEXT_ID, _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD = 11, 13, 15
 _UNAVAILABLE: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS})
@@ -51,6 +55,8 @@ class Programs:
     def __init__(self) -> None:
         self._attributes = ctypes.create_string_buffer(_NUMBERS.size)
         self._info = ctypes.create_string_buffer(_INFO.size)
+        self._known: dict[int, Program] = {}
+        self._known_until = 0.0
         self._number = _SYS_BPF.get(platform.machine())
 
     def read(self) -> tuple[Program, ...] | None:
@@ -60,22 +66,27 @@ class Programs:
             OSError: another error of the kernel.
             TooManyProgramsError: over `MAX_PROGRAMS`.
         """
-        found: list[Program] = []
+        now = time.monotonic()
+        if now > self._known_until:
+            self._known, self._known_until = {}, now + KNOWN_S
+        found: dict[int, Program] = {}
         number = 0
         while True:
             try:
                 number = self._next(number)
             except OSError as error:
                 if error.errno == errno.ENOENT:
-                    return tuple(found)
-                if error.errno in _UNAVAILABLE and not found:
+                    break
+                if error.errno in _UNAVAILABLE and not number:
                     return None
                 raise
-            program = self._program(number)
+            program = self._known.get(number) or self._program(number)
             if program is not None:
-                found.append(program)
+                found[number] = program
             if len(found) > MAX_PROGRAMS:
                 raise TooManyProgramsError(f"over {MAX_PROGRAMS} BPF programs")
+        self._known = found
+        return tuple(found.values())
 
     def _next(self, number: int) -> int:
         _NUMBERS.pack_into(self._attributes, 0, number, 0, 0)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import os
+import struct
 import time
 from pathlib import Path
 
@@ -195,12 +198,53 @@ def test_no_registers(tmp_path: Path) -> None:
     assert Entries(tmp_path, pread).read() is None
 
 
+INSTRUCTIONS = struct.pack("<BBhi", 0xB7, 0, 0, 0) + struct.pack("<BBhi", 0x95, 0, 0, 0)
+"""r0 = 0; exit."""
+SOCKET_FILTER = 1
+
+
+def load_program(value: int = 0) -> int:
+    """A descriptor of a program that returns `value` and is attached to nothing.
+
+    Raises:
+        OSError: this kernel or container does not let us.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    code = ctypes.create_string_buffer(INSTRUCTIONS[:4] + struct.pack("<i", value) + INSTRUCTIONS[8:])
+    licence = ctypes.create_string_buffer(b"GPL")
+    addresses = ctypes.addressof(code), ctypes.addressof(licence)
+    body = struct.pack("<IIQQIIQII16s", SOCKET_FILTER, 2, *addresses, 0, 0, 0, 0, 0, b"hostd_test")
+    attributes = ctypes.create_string_buffer(body, 128)
+    fd = libc.syscall(321, 5, attributes, 128)
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "bpf(2)")
+    return int(fd)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="bpf(2) lists programs to root only")
-def test_programs_of_this_machine() -> None:
-    programs = Programs().read()
-    if programs is None:
+def test_program_that_is_loaded_and_gone() -> None:
+    programs = Programs()
+    before = programs.read()
+    if before is None:
         pytest.skip("this kernel does not let us use bpf(2)")
-    assert [p.number for p in programs] == sorted({p.number for p in programs})
+    try:
+        fds = [load_program(0), load_program(1)]
+    except OSError as error:
+        pytest.skip(f"no program can be loaded: {error}")
+    numbers = {p.number for p in before}
+    loaded = [p for p in programs.read() or () if p.number not in numbers and p.name == "hostd_test"]
+    assert [p.type for p in loaded] == [SOCKET_FILTER] * 2
+    assert loaded[0].tag != loaded[1].tag
+    # The tag is the start of the instructions' digest (kernel/bpf/core.c, bpf_prog_calc_tag); SHA-256
+    # since Linux 6.18, SHA-1 before.
+    assert loaded[0].tag in {hash_(INSTRUCTIONS).digest()[:8] for hash_ in (hashlib.sha1, hashlib.sha256)}
+    assert [p for p in programs.read() or () if p.name == "hostd_test"] == loaded
+    for fd in fds:
+        os.close(fd)
+    deadline = time.monotonic() + 10  # freed after a grace period
+    while any(p in loaded for p in programs.read() or ()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_cost(root: Path) -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from typing import TYPE_CHECKING, Final
 
 from hostd.ipc.loop import Loop
+from hostd.measurer.apart import Apart
 from hostd.measurer.files import MAX_FILES
+from hostd.measurer.kernel import KernelProbe
 from hostd.measurer.probes import Measurer
 from hostd.measurer.server import Server, listen
 from hostd.platform.notify import READY, STOPPING, WATCHDOG, notify, watchdog_interval
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 SOCKET_NAME: Final = "measurer.sock"
 EPOCH_BYTES: Final = 16
+STUCK_S: Final = 60.0
+"""One part of the kernel takes milliseconds; on an emulated machine some hundred."""
 OTHER_DESCRIPTORS: Final = 4608
 """One handle for each hypervisor process (4096), and some."""
 
@@ -39,24 +44,28 @@ def run(config: Config) -> None:
     loop.stop_on_signals()
     measurer = Measurer(config)
     listener = listen(config.run / SOCKET_NAME, uid)
-    Server(loop, listener, measurer, vault_uid=uid, epoch=os.urandom(EPOCH_BYTES))
-    _keep_watchdog(loop)
+    kernel = Apart(lambda: KernelProbe(config))
+    Server(loop, listener, measurer, kernel, vault_uid=uid, epoch=os.urandom(EPOCH_BYTES))
+    _keep_watchdog(loop, kernel)
     notify(READY)
     try:
         loop.run()
     finally:
         notify(STOPPING)
+        kernel.close()
         measurer.close()
         listener.close()
 
 
-def _keep_watchdog(loop: Loop) -> None:
+def _keep_watchdog(loop: Loop, kernel: Apart) -> None:
+    """Tells systemd that this process lives, unless the kernel's thread hangs: it is started again then."""
     interval = watchdog_interval()
     if interval is None:
         return
 
     def beat() -> None:
-        notify(WATCHDOG)
+        if not kernel.stuck(time.monotonic(), STUCK_S):
+            notify(WATCHDOG)
         loop.call_after(interval, beat)
 
     beat()

@@ -41,6 +41,7 @@ class Measurer:
     """
 
     def __init__(self, config: Config) -> None:
+        self._config = config
         pages = OwnPages()
         tagger = Tagger()
         self._lane = Lane()
@@ -51,14 +52,16 @@ class Measurer:
         self._posture = PostureProbe()
         self._ima = ImaProbe()
         self._boot = BootProbe()
-        self._kernel = KernelProbe(config)
+        self._kernel: KernelProbe | None = None
         self._relro = RelroProbe(self.registry, tagger)
         self._domain = DomainProbe(self.guests)
         self._self = SelfProbe(config, self.registry, self.processes)
         self.guests.look()
 
     def answer(self, request: Ask | AskFile | AskWho) -> Reading:
-        """One reading. Takes about a millisecond, more for a file's first identification."""
+        """One reading. Takes about a millisecond; a file's identification takes more, and the server has it
+        done in slices (`hostd.measurer.identify.Turns`), and the kernel in a thread (`hostd.measurer.apart`).
+        """
         try:
             match request:
                 case Ask(kind=Kind.GUESTS):
@@ -76,6 +79,7 @@ class Measurer:
                 case Ask(kind=Kind.BOOT):
                     return self._boot.read(request.position)
                 case Ask(kind=Kind.KERNEL):
+                    self._kernel = self._kernel or KernelProbe(self._config)
                     return self._kernel.read(request.part)
                 case Ask(kind=Kind.RELRO):
                     guest = self._named(vm=request.vm)
@@ -138,8 +142,10 @@ class Measurer:
             return Missing(str(error)[:512], absent=False)
 
     def close(self) -> None:
-        for probe in (self._ima, self._boot, self._kernel, self._relro, self._domain, self._self):
+        for probe in (self._ima, self._boot, self._relro, self._domain, self._self):
             probe.close()
+        if self._kernel is not None:
+            self._kernel.close()
         self.guests.close()
         self.registry.close()
         self._lane.close()

@@ -2,8 +2,12 @@
 
 Only a peer with the vault's uid is heard (SO_PEERCRED). One connection at a time, the newest: a vault
 that died and started again must not find its dead connection in the way, and nobody else may
-connect. Asks are answered in the order of asking; a survey goes on between them. A peer that breaks
-the format, or has more than `MAX_WAITING` asks open, is cut off; the measurer goes on.
+connect. A peer that breaks the format, or has more asks open than `MAX_WAITING` allows, is cut off; the
+measurer goes on.
+
+Asks are answered in the order of asking, but for two kinds: parts of the kernel are read in a thread of
+their own, and files are identified, as a survey is made, in slices between other readings. While something
+waits the slices have a quarter of the time.
 """
 
 from __future__ import annotations
@@ -16,21 +20,29 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from hostd.core.findings import Kind
 from hostd.ipc.channel import Channel, ChannelClosedError, ChannelError, peer_of
-from hostd.ipc.measuring import Answer, Ask, AskFile, AskSurvey, AskWho, Hello, Request, SurveyPart
+from hostd.ipc.measuring import Answer, Ask, AskFile, AskSurvey, AskWho, Hello, Hint, Request, SurveyPart
+from hostd.measurer.identify import Turns
 from hostd.measurer.survey import survey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from hostd.core.findings import Component
     from hostd.ipc.loop import Loop
+    from hostd.measurer.apart import Apart
     from hostd.measurer.probes import Measurer
 
 MAX_WAITING: Final = 8
+"""Asks open at once: so many for files, so many for parts of the kernel, so many others."""
 MAX_REQUEST_BYTES: Final = 512 << 10
 """A survey's 64 prefixes of 4096 characters are the largest request."""
-SURVEY_SLICE_S: Final = 0.005
+SLICE_S: Final = 0.005
+"""Of identifying or surveying while nothing waits; else one step of a millisecond or so."""
+SLICE_PAUSE: Final = 3
+"""While asks wait, a slice is followed by so many times its own time without one."""
 
 
 def listen(path: Path, uid: int) -> socket.socket:
@@ -65,7 +77,14 @@ class Server:
     """Serves one vault at a time from `loop`."""
 
     def __init__(
-        self, loop: Loop, listener: socket.socket, measurer: Measurer, *, vault_uid: int, epoch: bytes
+        self,
+        loop: Loop,
+        listener: socket.socket,
+        measurer: Measurer,
+        kernel: Apart,
+        *,
+        vault_uid: int,
+        epoch: bytes,
     ) -> None:
         self._loop = loop
         self._listener = listener
@@ -73,10 +92,17 @@ class Server:
         self._vault_uid = vault_uid
         self._epoch = epoch
         self._channel: Channel[Request] | None = None
-        self._waiting: deque[Ask | AskFile | AskWho] = deque()
+        self._waiting: deque[Ask | AskWho] = deque()
+        self._kernel = kernel
+        self._kernel_asked: set[tuple[int, int]] = set()
+        self._turns = Turns(measurer.registry)
+        self._files_asked: dict[int, int] = {}
+        self._connections = 0
+        self._slice_after = 0.0
         self._survey: tuple[int, Iterator[dict[str, bytes] | None]] | None = None
         self._scheduled = False
         loop.watch(listener, self._accept)
+        loop.watch(kernel, self._on_kernel)
 
     def _accept(self, _events: int) -> None:
         try:
@@ -90,6 +116,7 @@ class Server:
             sock.close()
             return
         self._drop("the vault connected anew")
+        self._connections += 1
         self._channel = Channel(sock, Request, max_record=MAX_REQUEST_BYTES)
         self._send(Hello(self._epoch))
 
@@ -100,9 +127,17 @@ class Server:
             self._channel.close()
             self._channel = None
         self._waiting.clear()
+        self._turns.clear()
+        self._files_asked.clear()
+        self._kernel_asked.clear()
         self._survey = None
 
-    def _send(self, record: Hello | Answer | SurveyPart) -> None:
+    def hint(self, component: Component) -> None:
+        """Tells the vault that something may have happened. A vault that does not keep up is not told."""
+        if self._channel is not None and not self._channel.wants_write:
+            self._send(Hint(component.kind, component.vm))
+
+    def _send(self, record: Hello | Answer | SurveyPart | Hint) -> None:
         if self._channel is None:
             return
         try:
@@ -140,32 +175,80 @@ class Server:
                 if self._survey is not None:
                     raise ChannelError("a second survey was asked for while one runs")
                 self._survey = (request.seq, survey(request.prefixes))
-            elif len(self._waiting) >= MAX_WAITING:
-                raise ChannelError(f"over {MAX_WAITING} asks are open")
+            elif isinstance(request, AskFile):
+                self._bound(len(self._files_asked))
+                self._files_asked[request.seq] = time.monotonic_ns()
+                self._turns.ask(request.seq, request.file)
+            elif isinstance(request, Ask) and request.kind is Kind.KERNEL:
+                self._bound(len(self._kernel_asked))
+                ticket = self._connections, request.seq
+                self._kernel_asked.add(ticket)
+                self._kernel.ask(ticket, request.part)
             else:
+                self._bound(len(self._waiting))
                 self._waiting.append(request)
 
+    def _bound(self, waiting: int) -> None:
+        if waiting >= MAX_WAITING:
+            raise ChannelError(f"over {MAX_WAITING} asks are open")
+
+    def _on_kernel(self, _events: int) -> None:
+        for ticket, reading, cost_ns in self._kernel.answers():
+            # Not if it was asked for by a connection that is gone.
+            if ticket in self._kernel_asked:
+                self._kernel_asked.discard(ticket)
+                self._send(Answer(ticket[1], reading, cost_ns))
+
+    # ── Work ──────────────────────────────────────────────────────────────────────────────────────
+
     def _schedule(self) -> None:
-        # A survey waits for a vault that is slow to take its parts; `_ready` goes on with it.
-        surveying = self._survey is not None and self._channel is not None and not self._channel.wants_write
-        if not self._scheduled and (self._waiting or surveying):
+        if not self._scheduled and (self._waiting or self._slices_left):
             self._scheduled = True
             self._loop.call_after(0.0, self._work)
 
+    @property
+    def _slices_left(self) -> bool:
+        return not self._turns.idle or self._surveying
+
+    @property
+    def _surveying(self) -> bool:
+        # A survey waits for a vault that is slow to take its parts; `_ready` goes on with it.
+        return self._survey is not None and self._channel is not None and not self._channel.wants_write
+
     def _work(self) -> None:
-        """One answer, or one slice of the survey; then the loop looks at the socket again."""
+        """One answer and perhaps one slice; then the loop looks at the socket again."""
         self._scheduled = False
         if self._waiting:
             request = self._waiting.popleft()
             started = time.monotonic_ns()
             reading = self._measurer.answer(request)
             self._send(Answer(request.seq, reading, time.monotonic_ns() - started))
-        elif self._survey is not None:
-            self._survey_slice(*self._survey)
+        began = time.monotonic()
+        if self._slices_left and (not self._waiting or began >= self._slice_after):
+            self._slice(began if self._waiting else began + SLICE_S)
+            now = time.monotonic()
+            self._slice_after = now + SLICE_PAUSE * (now - began)
         self._schedule()
 
-    def _survey_slice(self, seq: int, steps: Iterator[dict[str, bytes] | None]) -> None:
-        until = time.monotonic() + SURVEY_SLICE_S
+    def _slice(self, until: float) -> None:
+        """Steps until `until`; at least one of each kind."""
+        if not self._turns.idle:
+            self._identify(until)
+        if self._survey is not None and self._surveying:
+            self._survey_slice(*self._survey, until)
+
+    def _identify(self, until: float) -> None:
+        while not self._turns.idle:
+            answer = self._turns.step()
+            if answer is not None:
+                seq, reading = answer
+                cost_ns = time.monotonic_ns() - self._files_asked.pop(seq)
+                self._send(Answer(seq, reading, cost_ns))
+                return
+            if time.monotonic() >= until:
+                return
+
+    def _survey_slice(self, seq: int, steps: Iterator[dict[str, bytes] | None], until: float) -> None:
         for part in steps:
             if part is not None:
                 self._send(SurveyPart(seq, part, done=False))

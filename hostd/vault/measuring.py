@@ -11,8 +11,6 @@ the measurer is connected to again.
 from __future__ import annotations
 
 import time
-from collections import deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
 from hostd.core.findings import KERNEL, Component, Kind, Status, Verdict
@@ -34,6 +32,8 @@ from hostd.core.readings import (
 from hostd.ipc import measuring
 from hostd.ipc.channel import Channel, ChannelError
 from hostd.ipc.connect import Connector
+from hostd.vault.asking import Asked, Asks
+from hostd.vault.identifying import Identifying
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,14 +48,10 @@ MAX_LOG_BYTES: Final = 64 << 20
 """About 450,000 entries; over it the log is no longer held and IMA is not good."""
 MAX_SURVEYED: Final = 500_000
 """Files of one survey; a Debian host has some 15,000."""
-MAX_OPEN: Final = 6
-"""Asks with the measurer at once (it cuts off whoever has more than eight)."""
 MAX_PARTS: Final = 256
 """Of one reading of the kernel."""
-MAX_IDENTIFY: Final = 1
-"""Files identified at once: hashing a large one holds up every reading behind it."""
-IDENTIFY_DEADLINE_S: Final = 60.0
-"""Hashing one large file from a cold disk, on a slow machine."""
+IDENTIFY_DEADLINE_S: Final = 120.0
+"""Hashing four large files in turn, between other readings, from a cold disk, on a slow machine."""
 SURVEY_DEADLINE_S: Final = 600.0
 
 EXPECTED: Final[dict[Kind, type]] = {
@@ -86,22 +82,6 @@ class Listener(Protocol):
     def on_hint(self, component: Component) -> None: ...
 
 
-@dataclass(slots=True)
-class _Asked:
-    seq: int
-    started: int
-    deadline: float
-    within_s: float
-    component: Component | None = None
-    file: int = -1
-    part: int = 0
-    cost_ns: int = 0
-    """Of the parts before this one."""
-    raw: Callable[[Reading], None] | None = None
-    survey: Callable[[dict[str, bytes] | None], None] | None = None
-    surveyed: dict[str, bytes] = field(default_factory=dict)
-
-
 class Measuring:
     """The connection to the measurer and the appraiser of its readings.
 
@@ -125,11 +105,9 @@ class Measuring:
         self._log_attested = log_attested
         self._new_appraiser = new_appraiser
         self._listener = listener
-        self._asked: dict[int, _Asked] = {}
+        self._asks = Asks()
         self._seq = 0
-        self._to_identify: list[int] = []
-        self._unsent: deque[tuple[_Asked, measuring.Request]] = deque()
-        """Asked for and not sent yet: the measurer takes a few at a time."""
+        self._files = Identifying()
         self._channel: Channel[measuring.Response] | None = None
         self._greeted = False
         self.appraiser = new_appraiser()
@@ -160,11 +138,10 @@ class Measuring:
             return
         self._loop.forget(channel)
         channel.close()
-        lost, self._asked = self._asked, {}
-        self._unsent.clear()
-        self._to_identify.clear()
+        lost = self._asks.clear()
+        self._files.clear()
         self._listener.measurer_lost(reason)
-        for asked in lost.values():
+        for asked in lost:
             if asked.raw is not None:
                 asked.raw(Missing(reason="the measurer was lost", absent=False))
             if asked.survey is not None:
@@ -181,56 +158,38 @@ class Measuring:
         if self._channel is not None:
             if not self._greeted and now > self._hello_by:
                 self._lose("the measurer did not greet")
-            unsent = {asked.seq for asked, _ in self._unsent}
-            late = next((a for a in self._asked.values() if now > a.deadline and a.seq not in unsent), None)
+            late = self._asks.late(now)
             if late is not None:
                 self._lose(f"a reading missed its deadline: {late.component or 'file or survey'}")
         self._loop.call_after(self._deadline_s / 4, self._watchdog)
 
     # ── Asking ────────────────────────────────────────────────────────────────────────────────────
 
-    def _send(self, asked: _Asked, request: measuring.Request) -> None:
+    def _send(self, asked: Asked, request: measuring.Request) -> None:
         """Sends a request, or keeps it until the measurer has answered enough of the others."""
-        if self._channel is None:
-            return
-        self._asked[asked.seq] = asked
-        open_asks = len(self._asked) - len(self._unsent) - 1
-        if open_asks >= MAX_OPEN and asked.survey is None:
-            self._unsent.append((asked, request))
-        else:
-            self._transmit(request)
+        if self._channel is not None:
+            self._asks.add(asked, request)
+            self._send_ready()
 
-    def _send_waiting(self) -> None:
-        while self._unsent and len(self._asked) - len(self._unsent) < MAX_OPEN:
-            asked, request = self._unsent.popleft()
-            # The time to answer starts now; a reading's start stays the moment of its asking, which is
-            # earlier than the truth, never later.
-            asked.deadline = time.monotonic() + asked.within_s
-            self._transmit(request)
-
-    def _transmit(self, request: measuring.Request) -> None:
-        channel = self._channel
-        if channel is None:
+    def _send_ready(self) -> None:
+        channel, requests = self._channel, self._asks.ready(time.monotonic())
+        if channel is None or not requests:
             return
         try:
-            channel.send(request)
+            channel.send(*requests)
         except ChannelError as error:
             self._lose(str(error))
             return
         self._loop.watch(channel, self._on_events, write=channel.wants_write)
 
-    def _next(self, deadline_s: float, *, started: int | None = None) -> _Asked:
+    def _next(self, within_s: float, *, started: int | None = None) -> Asked:
         self._seq += 1
-        return _Asked(
-            seq=self._seq,
-            started=time.monotonic_ns() if started is None else started,
-            deadline=time.monotonic() + deadline_s,
-            within_s=deadline_s,
-        )
+        return Asked(self._seq, time.monotonic_ns() if started is None else started, within_s)
 
     @property
     def busy(self) -> frozenset[Component]:
-        return frozenset(a.component for a in self._asked.values() if a.component is not None)
+        """Components that are being read."""
+        return self._asks.components
 
     @property
     def has_room(self) -> bool:
@@ -247,13 +206,13 @@ class Measuring:
         """Asks for one reading of a component."""
         self._ask(component, self._next(self._deadline_s))
 
-    def _go_on(self, before: _Asked, component: Component, *, part: int = 0, cost_ns: int = 0) -> None:
+    def _go_on(self, before: Asked, component: Component, *, part: int = 0, cost_ns: int = 0) -> None:
         """Asks for more of a reading that is not complete; it started when its first part was asked for."""
         asked = self._next(self._deadline_s, started=before.started)
         asked.part, asked.cost_ns = part, cost_ns
         self._ask(component, asked)
 
-    def _ask(self, component: Component, asked: _Asked) -> None:
+    def _ask(self, component: Component, asked: Asked) -> None:
         asked.component = component
         judge = self.appraiser
         position = 0
@@ -296,12 +255,10 @@ class Measuring:
         self._send(asked, measuring.AskSurvey(asked.seq, prefixes))
 
     def _identify(self) -> None:
-        active = sum(1 for a in self._asked.values() if a.file >= 0)
-        while self._to_identify and active < MAX_IDENTIFY:
+        while (file := self._files.next()) is not None:
             asked = self._next(IDENTIFY_DEADLINE_S)
-            asked.file = self._to_identify.pop()
-            active += 1
-            self._send(asked, measuring.AskFile(asked.seq, asked.file))
+            asked.file = file
+            self._send(asked, measuring.AskFile(asked.seq, file))
 
     # ── Answers ───────────────────────────────────────────────────────────────────────────────────
 
@@ -320,7 +277,7 @@ class Measuring:
             self._on_record(record)
             if self._channel is not channel:
                 return
-        self._send_waiting()
+        self._send_ready()
 
     def _on_record(self, record: measuring.Response) -> None:
         if isinstance(record, measuring.Hello):
@@ -335,7 +292,7 @@ class Measuring:
         if isinstance(record, measuring.Hint) and self._greeted:
             self._listener.on_hint(Component(record.kind, record.vm))
             return
-        asked = None if isinstance(record, measuring.Hint) else self._asked.get(record.seq)
+        asked = None if isinstance(record, measuring.Hint) else self._asks.get(record.seq)
         if not self._greeted or asked is None or isinstance(record, measuring.Hint):
             self._lose("the measurer answered what was not asked")
         elif isinstance(record, measuring.SurveyPart):
@@ -343,10 +300,10 @@ class Measuring:
         elif asked.survey is not None:
             self._lose("the measurer answered what was not asked")
         else:
-            del self._asked[record.seq]
+            self._asks.done(asked)
             self._on_answer(asked, record.reading, record.cost_ns)
 
-    def _on_survey(self, asked: _Asked, part: measuring.SurveyPart) -> None:
+    def _on_survey(self, asked: Asked, part: measuring.SurveyPart) -> None:
         if asked.survey is None:
             self._lose("the measurer answered what was not asked")
             return
@@ -355,10 +312,10 @@ class Measuring:
             self._lose(f"a survey of over {MAX_SURVEYED} files")
             return
         if part.done:
-            del self._asked[asked.seq]
+            self._asks.done(asked)
             asked.survey(asked.surveyed)
 
-    def _on_answer(self, asked: _Asked, reading: Reading, cost_ns: int) -> None:
+    def _on_answer(self, asked: Asked, reading: Reading, cost_ns: int) -> None:
         if asked.component is not None:
             self._on_reading(asked, asked.component, reading, cost_ns)
         elif asked.raw is not None:
@@ -366,11 +323,12 @@ class Measuring:
         elif isinstance(reading, FileIdentity | Missing):
             if self.appraiser is not None:
                 self.appraiser.learn(asked.file, reading)
+            self._files.done(asked.file)
             self._identify()
         else:
             self._lose("the measurer answered what was not asked")
 
-    def _on_reading(self, asked: _Asked, component: Component, reading: Reading, cost_ns: int) -> None:
+    def _on_reading(self, asked: Asked, component: Component, reading: Reading, cost_ns: int) -> None:
         if not isinstance(reading, EXPECTED[component.kind] | Missing):
             self._lose("the measurer answered what was not asked")
             return
@@ -397,7 +355,6 @@ class Measuring:
                 return
         # What a drifted component has mapped besides is nobody's concern until an officer has been there.
         if verdict.identify and verdict.status is not Status.DRIFTED:
-            known = {a.file for a in self._asked.values()} | set(self._to_identify)
-            self._to_identify += [f for f in verdict.identify if f not in known]
+            self._files.want(component, verdict.identify)
             self._identify()
         self._listener.on_verdict(verdict, reading, asked.started, time.monotonic_ns(), cost_ns)

@@ -12,7 +12,19 @@ from typing import cast
 import pytest
 
 from hostd.core.appraisal import Appraiser
-from hostd.core.findings import FILES, GUESTS, IMA, POSTURE, Component, Status, Verdict, process_of
+from hostd.core.findings import (
+    FILES,
+    GUESTS,
+    IMA,
+    KERNEL,
+    POSTURE,
+    Component,
+    Kind,
+    Status,
+    Verdict,
+    process_of,
+)
+from hostd.core.reading_kernel import KernelReading
 from hostd.core.readings import (
     FilesReading,
     GuestsReading,
@@ -26,7 +38,9 @@ from hostd.ipc.channel import Channel, ChannelClosedError
 from hostd.ipc.connect import listen
 from hostd.ipc.loop import Loop
 from hostd.vault import measuring
-from hostd.vault.measuring import MAX_OPEN, Measuring
+from hostd.vault.asking import MAX_OPEN as ROOM
+from hostd.vault.asking import Lane
+from hostd.vault.measuring import Measuring
 from tests.support.readings import posture
 from tests.vault.support_gate import finding, hypervisor
 
@@ -38,6 +52,7 @@ READINGS: dict[Component, Reading] = {
     IMA: ImaReading("boot", 0, b"", more=False),
     FILES: FilesReading(()),
 }
+MAX_OPEN = ROOM[Lane.OTHER]
 VMS = [f"{n:08x}-0000-4000-8000-000000000000" for n in range(50)]
 
 
@@ -72,6 +87,7 @@ class Told:
         self.ready = 0
         self.lost: list[str] = []
         self.verdicts: list[tuple[Verdict, int, int]] = []
+        self.costs: list[int] = []
         self.hints: list[Component] = []
 
     def measurer_ready(self) -> None:
@@ -80,7 +96,8 @@ class Told:
     def measurer_lost(self, reason: str) -> None:
         self.lost.append(reason)
 
-    def on_verdict(self, verdict: Verdict, _reading: Reading, started: int, ended: int, _cost: int) -> None:
+    def on_verdict(self, verdict: Verdict, _reading: Reading, started: int, ended: int, cost: int) -> None:
+        self.costs.append(cost)
         self.verdicts.append((verdict, started, ended))
 
     def on_hint(self, component: Component) -> None:
@@ -416,3 +433,86 @@ def test_a_log_that_the_tpm_does_not_vouch_for_is_absent(make: Callable[..., Mea
     measurer.until(lambda: bool(measurer.told.verdicts))
     assert measurer.told.verdicts[0][0] == Verdict(IMA, Status.ABSENT)
     assert not measurer.vault.ima_log
+
+
+# ── Lanes and hints ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_kernel_does_not_wait_for_others_nor_they_for_it(measurer: Measurer) -> None:
+    for vm in VMS:
+        measurer.vault.ask(process_of(vm))
+    measurer.vault.ask(KERNEL)
+    assert not measurer.vault.takes(KERNEL)
+    assert not measurer.vault.takes(IMA)
+    measurer.until(lambda: any(isinstance(r, protocol.Ask) and r.kind is Kind.KERNEL for r in measurer.asked))
+    measurer.settle()
+    assert len(measurer.asked) == MAX_OPEN + 1
+
+
+def test_one_lane_is_full_and_the_other_is_not(measurer: Measurer) -> None:
+    assert measurer.vault.takes(KERNEL)
+    measurer.vault.ask(KERNEL)
+    assert not measurer.vault.takes(KERNEL)
+    assert measurer.vault.has_room
+    for component in (IMA, FILES):
+        assert measurer.vault.takes(component)
+        measurer.vault.ask(component)
+    assert not measurer.vault.takes(POSTURE)
+    assert not measurer.vault.has_room
+
+
+def kernel_part(part: int, parts: int) -> KernelReading:
+    return KernelReading(part, parts, 1, (), (), (), 0, (), 0)
+
+
+def test_the_kernel_is_one_reading_of_all_its_parts(measurer: Measurer) -> None:
+    measurer.vault.ask(KERNEL)
+    after = time.monotonic_ns()
+    for part in range(3):
+        measurer.until(lambda count=part + 1: len(measurer.asked) == count)  # type: ignore[misc]
+        request = measurer.asked[part]
+        assert isinstance(request, protocol.Ask)
+        assert request.part == part
+        assert not measurer.told.verdicts
+        assert measurer.vault.busy == {KERNEL}
+        measurer.say(protocol.Answer(request.seq, kernel_part(part, 3), 10))
+    measurer.until(lambda: bool(measurer.told.verdicts))
+    assert measurer.told.verdicts[0][1] <= after
+    assert measurer.told.costs == [30]
+    assert not measurer.vault.busy
+
+
+@pytest.mark.parametrize("reading", [kernel_part(1, 3), kernel_part(0, measuring.MAX_PARTS + 1)])
+def test_a_part_that_was_not_asked_for_ends_the_link(measurer: Measurer, reading: KernelReading) -> None:
+    measurer.vault.ask(KERNEL)
+    measurer.until(lambda: bool(measurer.asked))
+    measurer.answer(measurer.asked[0], reading)
+    assert "not asked" in measurer.lost()
+
+
+def test_answers_in_any_order(measurer: Measurer) -> None:
+    for component in (IMA, FILES, KERNEL):
+        measurer.vault.ask(component)
+    measurer.until(lambda: len(measurer.asked) == 3)
+    readings = {**READINGS, KERNEL: kernel_part(0, 1)}
+    for request in reversed(measurer.asked):
+        assert isinstance(request, protocol.Ask)
+        measurer.answer(request, readings[Component(request.kind)])
+    measurer.until(lambda: len(measurer.told.verdicts) == 3)
+    assert [v.component for v, _, _ in measurer.told.verdicts] == [KERNEL, FILES, IMA]
+
+
+def test_hints_are_passed_on_and_none_before_the_greeting(make: Callable[..., Measurer]) -> None:
+    measurer = make()
+    measurer.greet()
+    measurer.say(protocol.Hint(Kind.IMA), protocol.Hint(Kind.PROCESS, VMS[0]))
+    measurer.until(lambda: len(measurer.told.hints) == 2)
+    assert measurer.told.hints == [IMA, process_of(VMS[0])]
+
+
+def test_a_hint_before_the_greeting_ends_the_link(make: Callable[..., Measurer]) -> None:
+    measurer = make()
+    measurer.connect()
+    measurer.say(protocol.Hint(Kind.IMA))
+    assert "not asked" in measurer.lost()
+    assert not measurer.told.hints

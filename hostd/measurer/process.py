@@ -7,9 +7,9 @@ mapping once speaks for all processes. A copied page differs even if its content
 process has not touched are not there yet, and will come from the same page cache.
 
 Differences that are legal pass: our own page table may lack the page (it is brought in), a page may be
-in migration, the process may be ending. So a difference is read again, a bounded number of times,
-before it is reported (a copied page twice only: it stays one); then with the bytes expected (the file's)
-and seen (the process's).
+in migration, the process may be ending. So a difference is read again, a bounded number of times, and
+only a page that differs every time is reported (a copied page after two times: it stays one); with the
+bytes expected (the file's) and seen (the process's).
 
 Every reading reads all mappings, and meanwhile, in a second thread, the page table of all that is kept:
 0.35 ms. What follows from them is worked out again only if one of the two is not, by keyed tag over all
@@ -256,27 +256,34 @@ class ProcessProbe:
         self, hypervisor: Hypervisor, handle: ProcessHandle
     ) -> tuple[Plan, tuple[AlteredPage, ...], int]:
         odd: list[int] = []
+        plan: Plan | None = None
         for wait in (None, *RETRY_S):
             if wait:
                 time.sleep(wait)
             last, target = self._look(hypervisor, handle)
-            plan = last.plan
+            if last.plan is not plan:
+                plan, odd = last.plan, []
             if odd:
                 _populate(plan, odd)
             frames = self._frames.of(plan.shape, anew=bool(odd))
             seen = self._tagger.tag(target), frames.version
             if last.good == seen:
                 return plan, (), 0
-            odd = differing(target, frames.entries)
-            if not odd:
+            now = differing(target, frames.entries)
+            if not now:
                 last.good = seen
+                return plan, (), 0
+            # While the kernel compacts memory some pages are in migration at any moment, and others at the
+            # next. A page that was the file's own at one look has been found good by this reading.
+            odd = sorted(set(odd).intersection(now)) if odd else now
+            if not odd:
                 return plan, (), 0
             if wait is not None and all(_copied(target, index) for index in odd):
                 break
         last.good = None
         if handle.stat().ended:
             raise ProcessGoneError("the process ended while it was read")
-        return plan, self._describe(handle, plan, odd[:MAX_ALTERED], target), len(odd)
+        return last.plan, self._describe(handle, last.plan, odd[:MAX_ALTERED], target), len(odd)
 
     # ── What differs ──────────────────────────────────────────────────────────────────────────────
 

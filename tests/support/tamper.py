@@ -199,3 +199,16 @@ def execute(pid: int, *argv: str, env: dict[str, str]) -> None:
         wanted.rax, wanted.rip, wanted.orig_rax = 59, site, (1 << 64) - 1
         wanted.rdi, wanted.rsi, wanted.rdx = address, address + at, address + at + 8 * (len(argv) + 1)
         _ptrace(_SETREGS, pid, 0, ctypes.byref(wanted))
+
+
+class _Vector(ctypes.Structure):
+    """struct iovec."""
+
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+
+
+def process_madvise(pidfd: int, address: int, length: int, advice: int) -> None:
+    """process_madvise(2): what the kernel does by itself under memory pressure. What is not there (any more)
+    is passed over."""
+    vector = _Vector(address, length)
+    _libc.syscall(440, pidfd, ctypes.byref(vector), 1, advice, 0)

@@ -20,7 +20,17 @@ from qemu.service import Service
 
 TOOLS = ("mmdebstrap", "mke2fs", "qemu-img", "qemu-system-x86_64", "setpriv", "swtpm")
 # What leaves a host as it found it comes before what does not.
-ORDER = ("guest", "host", "hostd_demo", "hostd_units", "hostd_callers", "hostd_power", "hostd_drift")
+ORDER = (
+    "guest",
+    "host",
+    "hostd_demo",
+    "hostd_units",
+    "hostd_callers",
+    "hostd_power",
+    "hostd_drift",
+    "hostd_innocents",
+    "hostd_attacks",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

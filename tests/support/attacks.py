@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+REFUSED = "refused_drift"
 Finding = dict[str, str]
 """A finding by field, as `hostctl --json drift list` has it."""
 
@@ -51,6 +52,10 @@ class Staged:
     undo: Callable[[], None] = lambda: None
     others: bool = True
     """Whether everybody else must go on being answered: the drift is one VM's own."""
+    anew: bool = True
+    """Whether the attacked machine has to be started anew: what was done to it cannot be undone."""
+    within_s: float = 0.0
+    """Not by the next pass, but in this time, by design: docs/measurement.md says why."""
 
 
 S = TypeVar("S", bound="Scene", contravariant=True)
@@ -109,11 +114,19 @@ class Outcome:
         return all((self.staged, self.found, self.named, self.refused, self.others, self.recovered))
 
 
-def attempt(scene: Scene, attack: Attack) -> Outcome:
-    """Stages one attack. Whatever goes wrong is in the outcome: the others are tried all the same."""
+def attempt(scene: Scene, attack: Attack, *, before: Outcome | None = None) -> Outcome:
+    """Stages one attack. Whatever goes wrong is in the outcome: the others are tried all the same.
+
+    `before` is what came of the attack before: where that ended with an answer, none is asked for first.
+    """
     outcome = Outcome(attack.name)
     began = time.monotonic()
     try:
+        if before is None or not before.recovered:
+            refused = scene.answered()
+            if refused:
+                outcome.trouble = f"nothing is answered before the attack: {refused}"
+                return outcome
         _attempt(scene, attack, outcome)
     except Exception:  # noqa: BLE001 - a row that fails must not hide the others
         outcome.trouble = traceback.format_exc(limit=-4)
@@ -122,15 +135,11 @@ def attempt(scene: Scene, attack: Attack) -> Outcome:
 
 
 def _attempt(scene: Scene, attack: Attack, outcome: Outcome) -> None:
-    before = scene.answered()
-    if before:
-        outcome.trouble = f"nothing is answered before the attack: {before}"
-        return
     staged = attack.stage(scene)
     outcome.staged = True
     try:
-        code = scene.refusal()
-        outcome.refused = code == "refused_drift"
+        code = _refusal(scene, staged.within_s)
+        outcome.refused = code == REFUSED
         if not outcome.refused:
             outcome.trouble = f"the next request: {code or 'answered'}"
         findings = scene.drift()
@@ -152,6 +161,13 @@ def _attempt(scene: Scene, attack: Attack, outcome: Outcome) -> None:
     outcome.recovered = not after
     if after:
         outcome.trouble += f"\nnot answered after an officer cleared it: {after}"
+
+
+def _refusal(scene: Scene, within_s: float) -> str:
+    deadline = time.monotonic() + within_s
+    while (code := scene.refusal()) != REFUSED and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return code
 
 
 def show(finding: Finding) -> str:

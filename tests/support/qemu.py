@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -56,28 +59,35 @@ def start(
 ) -> Vm:
     """Starts a paused machine without devices; returns when its main loop runs."""
     vm = vm or str(uuid.uuid4())
-    with tempfile.TemporaryDirectory() as directory:
-        control = os.path.join(directory, "qmp")
-        process = subprocess.Popen(
-            [
-                str(binary), "-accel", "tcg", "-machine", "none", "-S", "-display", "none", "-nodefaults",
-                "-uuid", vm, "-name", f"guest={name}", "-qmp", f"unix:{control},server=on,wait=off", *extra,
-            ],
-            env={**os.environ, "QEMU_MODULE_DIR": MODULES, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )  # fmt: skip
-        started = Vm(process, vm, name)
-        if settle:
-            try:
-                _greeting(process, control)
-            except BaseException:
-                started.kill()
-                raise
-            finally:
-                _close(process.stderr)
-        _close(process.stderr)
-        return started
+    control = str(_monitors() / f"{vm}-{secrets.token_hex(4)}")
+    process = subprocess.Popen(
+        [
+            str(binary), "-accel", "tcg", "-machine", "none", "-S", "-display", "none", "-nodefaults",
+            "-uuid", vm, "-name", f"guest={name}", "-qmp", f"unix:{control},server=on,wait=off", *extra,
+        ],
+        env={**os.environ, "QEMU_MODULE_DIR": MODULES, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    started = Vm(process, vm, name)
+    if settle:
+        try:
+            _greeting(process, control)
+        except BaseException:
+            started.kill()
+            raise
+        finally:
+            _close(process.stderr)
+    _close(process.stderr)
+    return started
+
+
+@functools.cache
+def _monitors() -> Path:
+    """One directory for all: where a machine's sockets may be is part of what is reviewed."""
+    directory = Path(tempfile.mkdtemp(prefix="hostd-monitors-"))
+    atexit.register(shutil.rmtree, directory)
+    return directory
 
 
 def _close(pipe: IO[bytes] | None) -> None:

@@ -1,0 +1,231 @@
+"""Promise: every attack on a KVM host that the lab can stage is found, named and refused.
+
+Two guests ask over vsock. What cannot be undone without a boot comes last: loading the module taints the
+kernel, which an officer then has to accept before anything is answered again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qemu import tamper_hooks, tamper_ram
+from qemu.tamper import patch_code
+from qemu.tamper_module import NAME, Tamper
+from tests.lab.stage import Stage
+from tests.support.attacks import Attack, Outcome, Sign, Staged, attempt, report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.lab.conftest import Running
+
+QEMU = "/usr/bin/qemu-system-x86_64"
+FIRMWARE = "/usr/share/seabios/bios-256k.bin"
+FREE_CID = 77
+HOLDERS_S = 60.0
+"""Holders of the device are looked for in turn, and reported after some seconds (measurer/holders.py)."""
+TAINTS = 1 << 12 | 1 << 13
+"""Out of tree, unsigned (Documentation/admin-guide/tainted-kernels.rst)."""
+TEXT = ("kernel-text-altered",)
+
+
+def hosts(*signs: Sign, undo: Callable[[], None]) -> Staged:
+    """Something of the host's: everybody is refused, and nothing has to be started anew."""
+    return Staged(signs, undo, others=False, anew=False)
+
+
+# ── With what the kernel offers ───────────────────────────────────────────────────────────────────────
+
+
+def write_text(stage: Stage) -> Staged:
+    patch = patch_code(stage.host, stage.pid)
+    return Staged((Sign(stage.own, ("code-altered",), (QEMU, f"file offset {patch.offset:#x}")),))
+
+
+def probe_hypervisor(stage: Stage) -> Staged:
+    patch = _quiet_place(stage)
+    undo = tamper_hooks.uprobe(stage.host, QEMU, patch)
+    return hosts(Sign(stage.own, ("code-altered",), (QEMU, f"file offset {patch:#x}")), undo=undo)
+
+
+def probe_kernel(stage: Stage) -> Staged:
+    undo = tamper_hooks.kprobe(stage.host, "do_sys_openat2")
+    return hosts(
+        Sign("kernel", TEXT, ("do_sys_openat2",)),
+        Sign("posture", ("posture-kprobes",), ("do_sys_openat2",)),
+        undo=undo,
+    )
+
+
+def trace_kernel(stage: Stage) -> Staged:
+    undo = tamper_hooks.trace(stage.host, "svm_vcpu_run")
+    return hosts(
+        Sign("kernel", TEXT, ("svm_vcpu_run",)),
+        Sign("posture", ("posture-ftrace",), ("svm_vcpu_run",)),
+        undo=undo,
+    )
+
+
+def attach_bpf(stage: Stage) -> Staged:
+    undo = tamper_hooks.attach_bpf(stage.host)
+    return hosts(Sign("posture", ("posture-bpf",), ("hostd_lab",)), undo=undo)
+
+
+def claim_cid(stage: Stage) -> Staged:
+    pid, undo = tamper_hooks.claim_cid(stage.host, FREE_CID)
+    sign = Sign("guests", ("holder-unknown",), (f"pid {pid} ",))
+    return Staged((sign,), undo, others=False, anew=False, within_s=HOLDERS_S)
+
+
+def add_monitor(stage: Stage) -> Staged:
+    """A second monitor of the machine, by libvirt's passthrough: whoever speaks to it owns the guest."""
+    alice = stage.running.alice
+    xml = alice.xml().replace("<domain ", "<domain xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0' ")
+    arguments = "<qemu:arg value='-qmp'/><qemu:arg value='tcp:127.0.0.1:4444,server=on,wait=off'/>"
+    xml = xml.replace("</domain>", f"<qemu:commandline>{arguments}</qemu:commandline></domain>")
+    stage.stop()
+    stage.host.put(xml.encode(), "/root/alice.xml")
+    stage.host.run(["virsh", "--quiet", "define /root/alice.xml; start alice"])
+    alice.wait_up()
+    stage.service.give_trust(alice)
+    return Staged((Sign(f"domain:{alice.uuid}", ("domain-passthrough",), ("alice",)),))
+
+
+def replace_firmware(stage: Stage) -> Staged:
+    """QEMU reads the firmware as it starts, and the kernel measures what it reads."""
+    good = stage.host.get(FIRMWARE)
+    changed = good.replace(b"SeaBIOS", b"SeaBIOs", 1)
+    assert changed != good
+    stage.host.put(changed, f"{FIRMWARE}.new")
+    stage.host.run(f"cp -p {FIRMWARE} {FIRMWARE}.good && mv {FIRMWARE}.new {FIRMWARE}")
+    stage.stop()
+
+    def undo() -> None:
+        stage.host.run(["mv", f"{FIRMWARE}.good", FIRMWARE])
+
+    stage.running.alice.start()
+    stage.service.give_trust(stage.running.alice)
+    return Staged((Sign("ima", ("ima-unknown",), (FIRMWARE,)),), undo, others=False)
+
+
+# ── From outside ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def flip_text_from_outside(stage: Stage) -> Staged:
+    offset, address = _text(stage)
+    flip = tamper_ram.flip_process(stage.host, stage.pid, address, 0x33)
+    return hosts(Sign("files", ("file-altered",), (QEMU, f"file offset {offset:#x}")), undo=flip.put_back)
+
+
+def flip_kernel_from_outside(stage: Stage) -> Staged:
+    address, new, at = _vcpu_run(stage)
+    flip = tamper_ram.flip_kernel(stage.host, address, new)
+    return hosts(Sign("kernel", TEXT, (f"svm_vcpu_run+{at:#x}",)), undo=flip.put_back)
+
+
+# ── With a kernel module ──────────────────────────────────────────────────────────────────────────────
+
+
+def load_module(stage: Stage) -> Staged:
+    Tamper(stage.host).load()
+    return hosts(
+        Sign("posture", ("posture-module",), (NAME,)),
+        Sign("posture", ("posture-taint",), ("taint",)),
+        undo=lambda: stage.accept(TAINTS, NAME),
+    )
+
+
+def flip_text_by_module(stage: Stage) -> Staged:
+    offset, _address = _text(stage)
+    tamper = Tamper(stage.host)
+    tamper.flip_page(QEMU, offset, 0x02)
+    return hosts(
+        Sign("files", ("file-altered",), (QEMU, f"file offset {offset:#x}")),
+        undo=lambda: tamper.flip_page(QEMU, offset, 0x02),
+    )
+
+
+def patch_vcpu_run(stage: Stage) -> Staged:
+    address, new, at = _vcpu_run(stage)
+    change = new ^ tamper_ram.read_kernel(stage.host, address, 1)[0]
+    tamper = Tamper(stage.host)
+    tamper.flip_text(address, change)
+    return hosts(
+        Sign("kernel", TEXT, (f"svm_vcpu_run+{at:#x}",)), undo=lambda: tamper.flip_text(address, change)
+    )
+
+
+def patch_system_calls(stage: Stage) -> Staged:
+    # 335 is unused: sys_ni_syscall, wherever it leads.
+    table = tamper_ram.symbols(stage.host, "sys_call_table")["sys_call_table"]
+    tamper = Tamper(stage.host)
+    tamper.flip_text(table + 8 * 335, 0x10)
+    return hosts(
+        Sign("kernel", ("kernel-rodata-altered", "kernel-table-altered"), ("sys_call_table",)),
+        undo=lambda: tamper.flip_text(table + 8 * 335, 0x10),
+    )
+
+
+def _quiet_place(stage: Stage) -> int:
+    """An instruction of QEMU's that may be changed while it runs (qemu/tamper.py)."""
+    return _text(stage)[0]
+
+
+def _text(stage: Stage) -> tuple[int, int]:
+    """File offset and, in alice's process, address of that instruction."""
+    script = (
+        "import sys\n"
+        "for line in open(f'/proc/{sys.argv[1]}/maps'):\n"
+        "    place, mode, offset, _device, _inode, *name = line.split()\n"
+        f"    if mode == 'r-xp' and name == ['{QEMU}']: break\n"
+        f"data = open('{QEMU}', 'rb').read()\n"
+        "start, end = (int(part, 16) for part in place.split('-'))\n"
+        "at = data.find(bytes.fromhex('31c0c30f1f'), int(offset, 16) + (end - start) // 2)\n"
+        "print(at, at - int(offset, 16) + start)"
+    )
+    offset, address = stage.host.run(["python3", "-c", script, str(stage.pid)]).text.split()
+    return int(offset), int(address)
+
+
+def _vcpu_run(stage: Stage) -> tuple[int, int, int]:
+    """Address, new value and offset of a byte of svm_vcpu_run that may be changed while it runs."""
+    start = tamper_ram.symbols(stage.host, "svm_vcpu_run")["svm_vcpu_run"]
+    at, new = tamper_ram.harmless(tamper_ram.read_kernel(stage.host, start, 32))
+    return start + at, new, at
+
+
+ATTACKS = [
+    Attack("text of QEMU written through /proc/PID/mem", write_text),
+    Attack("uprobe in QEMU", probe_hypervisor),
+    Attack("kprobe in the kernel", probe_kernel),
+    Attack("function tracer on svm_vcpu_run", trace_kernel),
+    Attack("BPF program attached", attach_bpf),
+    Attack("CID taken by a program that is no hypervisor", claim_cid),
+    Attack("second monitor by libvirt passthrough", add_monitor),
+    Attack("firmware ROM replaced", replace_firmware),
+    Attack("text of QEMU changed in RAM from outside", flip_text_from_outside),
+    Attack("svm_vcpu_run changed in RAM from outside", flip_kernel_from_outside),
+    Attack("unsigned kernel module loaded", load_module),
+    Attack("page cache of QEMU changed by the module", flip_text_by_module),
+    Attack("svm_vcpu_run patched by the module", patch_vcpu_run),
+    Attack("sys_call_table patched by the module", patch_system_calls),
+]
+
+
+@pytest.fixture
+def stage(running: Running) -> Iterator[Stage]:
+    made = Stage(running)
+    yield made
+    made.close()
+
+
+def test_every_attack_is_found_named_and_refused(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes: list[Outcome] = []
+    for attack in ATTACKS:
+        outcomes.append(attempt(stage, attack, before=outcomes[-1] if outcomes else None))
+    with capsys.disabled():
+        print(f"\n{report(outcomes)}")
+    assert not [outcome.name for outcome in outcomes if not outcome.good]
+    stage.service.ctl("ledger", "verify")

@@ -20,17 +20,20 @@ from hostd.core.reading_domain import DomainReading
 from hostd.core.reading_hypervisor import Hypervisor as Hypervisor
 from hostd.core.reading_kernel import KernelReading
 from hostd.core.reading_posture import PostureReading as PostureReading
+from hostd.core.reading_process import EXEC as EXEC
+from hostd.core.reading_process import MAX_ALTERED as MAX_ALTERED
+from hostd.core.reading_process import MAX_MAPPINGS as MAX_MAPPINGS
+from hostd.core.reading_process import READ as READ
+from hostd.core.reading_process import WRITE as WRITE
+from hostd.core.reading_process import AlteredPage as AlteredPage
+from hostd.core.reading_process import Mapping as Mapping
+from hostd.core.reading_process import ProcessReading as ProcessReading
 from hostd.core.reading_relro import RelroReading
 from hostd.core.reading_self import SelfReading
-from hostd.core.reading_types import Address, Count, Label, Name, Sha256, Struct, Tag, Window
+from hostd.core.reading_types import Count, Name, Sha256, Struct, Tag
 
-MAX_MAPPINGS = 4096
 MAX_SEGMENTS = 16384
 MAX_HYPERVISORS = 4096
-MAX_ALTERED = 64
-
-READ, WRITE, EXEC = 4, 2, 1
-"""Protection bits of a mapping, as in `r-x`."""
 
 
 class GuestsReading(Struct, frozen=True, tag="guests"):
@@ -62,25 +65,6 @@ class Segment(Struct, frozen=True):
     tag: Tag
 
 
-class AlteredPage(Struct, frozen=True):
-    """A page of code or constants that is not the page of the file that was hashed."""
-
-    address: Address
-    """Of the first differing byte, or of the page where no byte differs; 0 in a `FilesReading`."""
-    file: Annotated[int, msgspec.Meta(ge=0)] | None
-    name: Name
-    file_offset: Count
-    """Of the same byte in the file."""
-    expected: Window
-    seen: Window
-    """Up to 16 bytes from the first differing byte on; equal to `expected` if none differs."""
-    reason: Annotated[str, msgspec.Meta(max_length=16)]
-    """`private` (copied on write), `frame` (another physical page), `swapped`, or in a `FilesReading`
-    `content`: the file's own page is not what it was when the file was identified."""
-    symbol: Label = ""
-    """Function or object of the file that holds the byte, as `name+0x12`; empty if its symbols say none."""
-
-
 class FilesReading(Struct, frozen=True, tag="files"):
     """Every segment that any hypervisor process maps as code or constants."""
 
@@ -102,28 +86,6 @@ class FileIdentity(Struct, frozen=True, tag="file"):
     size: Count
     sha256: Sha256
     segments: Annotated[tuple[Segment, ...], msgspec.Meta(max_length=1024)]
-
-
-class Mapping(Struct, frozen=True):
-    """A mapping that holds code or constants, or anything executable."""
-
-    start: Address
-    end: Address
-    protection: Annotated[int, msgspec.Meta(ge=0, le=7)]
-    file: Annotated[int, msgspec.Meta(ge=0)] | None
-    """None: anonymous."""
-    offset: Count
-    name: Name
-    """`[vdso]`, a path, or empty."""
-
-
-class ProcessReading(Struct, frozen=True, tag="process"):
-    """One hypervisor process."""
-
-    hypervisor: Hypervisor
-    mappings: Annotated[tuple[Mapping, ...], msgspec.Meta(max_length=MAX_MAPPINGS)]
-    altered: Annotated[tuple[AlteredPage, ...], msgspec.Meta(max_length=MAX_ALTERED)]
-    altered_total: Count
 
 
 class Missing(Struct, frozen=True, tag="missing"):

@@ -18,7 +18,7 @@ Needs CAP_SYS_PTRACE (memory), and what `files` needs.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from hostd.core.reading_relro import (
@@ -179,6 +179,7 @@ class RelroProbe:
         """Makes the plan anew if the files, their addresses or their protection are others than before."""
         shape = self._shape(handle, vmas, until)
         if state.plan is not None and state.plan.shape._replace(execs=()) == shape._replace(execs=()):
+            state.plan = replace(state.plan, shape=shape)
             return
         linking = self._linked(handle, shape, hypervisor, vmas, until)
         if linking is None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import bisect
 from array import array
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -106,6 +107,7 @@ class Comparison:
         slots. New pins are added to `pins`, if nothing is odd."""
         outcome = Outcome()
         fresh = Pins(dict(pins.words), dict(pins.resolved), pins.done)
+        self._vote(regions, loose, fresh)
         for number, module in enumerate(self._linking.modules):
             soft = self._region(number, module, regions[number], fresh, outcome)
             soft += self._loose(number, loose[number], fresh, outcome)
@@ -117,6 +119,25 @@ class Comparison:
             pins.words, pins.resolved = fresh.words, fresh.resolved
             pins.done = pins.done | set(self._bases)
         return outcome
+
+    def _vote(self, regions: list[memoryview], loose: list[list[int]], pins: Pins) -> None:
+        """What each resolver chose, that is not known yet: what most of its slots have."""
+        votes: dict[tuple[int, int], Counter[int]] = {}
+        for number, module in enumerate(self._linking.modules):
+            now = regions[number].cast("Q")
+            start, base = module.relocated.start, self._bases[number]
+            pairs = [(slot, now[(slot.item.address - start) // WORD]) for slot in self._linking.slots[number]]
+            pairs += zip(self._linking.loose[number], loose[number], strict=True)
+            for slot, value in pairs:
+                key = (slot.target.module, slot.target.value)
+                if slot.soft != "ifunc" or not value or key in pins.resolved:
+                    continue
+                if slot.stub is None or value != base + slot.stub:
+                    votes.setdefault(key, Counter())[value] += 1
+        for key, counted in votes.items():
+            value = counted.most_common(1)[0][0]
+            if self._in_code_of(value, {key[0], VDSO_MODULE}):
+                pins.resolved[key] = value
 
     def _region(self, number: int, module: Module, seen: memoryview, pins: Pins, outcome: Outcome) -> int:
         relocated, base = module.relocated, self._bases[number]
@@ -146,6 +167,9 @@ class Comparison:
             if verdict == "fixed":
                 continue
             legal = pins.words.get(address, words[index])
+            if special is not None and special.soft == "ifunc":
+                target = special.target
+                legal = pins.words.get(address, pins.resolved.get((target.module, target.value), 0))
             if verdict and (value == legal or (address not in pins.words and base not in pins.done)):
                 pins.words[address] = value
                 count += 1

@@ -170,25 +170,22 @@ def _executable(mapped: list[Vma]) -> bool:
 def _instances(module: Module, mapped: list[Vma]) -> Iterator[int]:
     """Load addresses: where the first segment is mapped, and every other one where it then must be."""
     loads = module.image.loads
-    starts = {vma.start for vma in mapped}
-    spans = [(vma.start, vma.end) for vma in mapped]
+    first = loads[0]
     for vma in mapped:
-        first = loads[0]
         if vma.offset != first.offset // PAGE * PAGE or vma.shared:
             continue
         base = vma.start - first.address // PAGE * PAGE
-        if base < 0:
-            continue
-        if all(
-            base + load.address // PAGE * PAGE in starts or _within(base + load.address, spans)
-            for load in loads
-            if load.file_size
+        if base >= 0 and all(
+            _maps(mapped, base + load.address, load.offset) for load in loads if load.file_size
         ):
             yield base
 
 
-def _within(address: int, spans: list[tuple[int, int]]) -> bool:
-    return any(start <= address < end for start, end in spans)
+def _maps(mapped: list[Vma], address: int, offset: int) -> bool:
+    """Whether a file offset is mapped at an address."""
+    return any(
+        vma.start <= address < vma.end and vma.offset + address - vma.start == offset for vma in mapped
+    )
 
 
 def _inside(vma: Vma, code: list[tuple[int, int]]) -> bool:

@@ -84,16 +84,15 @@ class BootJudge:
 
     def appraise(self, component: Component, reading: BootReading, reference: Reference) -> Verdict:
         """The verdict on one reading. PENDING if it has no data and none was judged before."""
-        if reading.data or self._log is None:
-            if not reading.data and reading.size:
-                self.position = 0
-                return Verdict(component, Status.PENDING)
-            found = self._take(reading)
-            if found is not None:
-                return _drifted(component, [found])
-        log = self._log
-        if log is None:
+        if not reading.data and reading.size and self._log is None:
+            self.position = 0
             return Verdict(component, Status.PENDING)
+        if reading.data or self._log is None:
+            taken = self._take(reading)
+            if isinstance(taken, Finding):
+                return _drifted(component, [taken])
+            self._log, self.position = taken, reading.size
+        log = self._log
         if (reading.size, reading.sha256) != (self.position, log.digest):
             return _drifted(
                 component,
@@ -101,7 +100,7 @@ class BootJudge:
             )
         return self._judge(component, reading, log, reference.boot)
 
-    def _take(self, reading: BootReading) -> Finding | None:
+    def _take(self, reading: BootReading) -> _Log | Finding:
         digest = hashlib.sha256(reading.data).digest()
         if self._log is not None and self._log.digest != digest:
             return _finding(
@@ -118,9 +117,7 @@ class BootJudge:
             parsed = parse_log(reading.data)
         except MalformedEventLogError as error:
             return _finding(Code.BOOT_MALFORMED, "boot event log", "whole events", str(error))
-        self._log = _Log(digest, parsed, replay_log(parsed))
-        self.position = reading.size
-        return None
+        return _Log(digest, parsed, replay_log(parsed))
 
     def _judge(self, component: Component, reading: BootReading, log: _Log, rule: BootRule | None) -> Verdict:
         agreement = compare_command_line(log.parsed, reading.command_line)

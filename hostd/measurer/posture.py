@@ -1,9 +1,9 @@
 """What the running kernel allows and what hooks are in it, from /proc, /sys, bpf(2) and the CPUs.
 
 What this kernel does not have is None (or empty); what it has and does not let us read is an error, so
-that the two are never the same. Kernel probes, tracing and BPF are the exception: a lockdown mode that
-hides them from us is None too, and the judge knows whether they could be read before. Sources:
-Documentation/admin-guide/sysctl/kernel.rst, tainted-kernels.rst, kernel_lockdown(7).
+that the two are never the same. Kernel probes, tracing, BPF and registers are the exception: what hides
+them from us (lockdown, a missing capability) is None too, and the judge knows what could be read before.
+Sources: Documentation/admin-guide/sysctl/kernel.rst, tainted-kernels.rst, kernel_lockdown(7).
 
 Needs CAP_SYS_ADMIN for bpf(2), CAP_SYS_RAWIO and CAP_SYSLOG for the CPUs' registers, CAP_DAC_READ_SEARCH
 for tracefs where it is not root's own; the rest is open to all.

@@ -77,11 +77,18 @@ class Entries:
         self._turn: list[int] = []
 
     def read(self) -> tuple[EntryPoint, ...] | None:
-        """The registers of the next few CPUs; None: the kernel's `msr` module is not there.
+        """The registers of the next few CPUs; None: the kernel's `msr` module is not there, or registers or
+        addresses of symbols are hidden from us.
 
         Raises:
             OSError: a register is there and cannot be read.
         """
+        try:
+            return self._read()
+        except PermissionError:
+            return None
+
+    def _read(self) -> tuple[EntryPoint, ...] | None:
         if not self._turn:
             self._turn = self._listed()
         if not self._turn:
@@ -90,9 +97,7 @@ class Entries:
             self._names = self._read_names()
         names = self._names
         if not names:
-            raise PermissionError(
-                errno.EPERM, "the addresses of kernel symbols are hidden", str(self._symbols)
-            )
+            return None
         turn, self._turn = self._turn[:CPUS_PER_READING], self._turn[CPUS_PER_READING:]
         found: list[EntryPoint] = []
         for cpu in turn:

@@ -127,10 +127,11 @@ def framed(spec: bytes) -> bytes:
         header() + locality(1),
         header() + locality(3, pcr=1),
         header() + event(0, 3, b"StartupLocality\0\3\3"),
-        bytes(eventlog.MAX_LOG_BYTES + 1),
+        header() + event(4, 13, bytes(eventlog.MAX_EVENT_BYTES)) * 5,
+        header() + struct.pack("<III", 4, 13, 1) + b"\x0b\0" + bytes(32) + struct.pack("<I", 0),
         header() + event(4, 13, b"x") * (eventlog.MAX_EVENTS + 1),
     ],
-    ids=range(32),
+    ids=range(33),
 )
 def test_malformed(data: bytes) -> None:
     with pytest.raises(MalformedEventLogError):

@@ -8,7 +8,7 @@ import pytest
 
 from guestlib.attest.imalog import parse_entries, replay
 from hostd.core.appraisal import Appraiser, Rules
-from hostd.core.appraise_ima import Accepted
+from hostd.core.appraise_ima import MAX_FINDINGS, MAX_UNRESOLVED, Accepted
 from hostd.core.codes import Code
 from hostd.core.findings import BOOT, IMA, Status, Verdict
 from hostd.core.reading_boot import BootReading
@@ -110,3 +110,15 @@ def test_accepting_the_log_does_not_accept_another_boot() -> None:
     verdict = Appraiser(reference(), rules).appraise(IMA, ImaReading(BOOT_ID, 0, data, more=False))
     assert verdict.status is Status.DRIFTED
     assert [f.code for f in verdict.findings] == [Code.IMA_AGGREGATE]
+
+
+def test_more_than_is_kept_is_counted() -> None:
+    data = b"".join(entry(f"/usr/bin/{n}", b"x") for n in range(MAX_UNRESOLVED + 5))
+    verdict = judge(data)
+    assert len(verdict.findings) == MAX_FINDINGS + 1
+    assert verdict.findings[-1].seen == "5 further entries"
+
+
+def test_known_entries_are_not_counted() -> None:
+    data = b"".join(entry(f"/usr/bin/{n}", b"x") for n in range(MAX_UNRESOLVED + 5))
+    assert judge(data, data).good

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import struct
@@ -186,12 +187,26 @@ def test_cpu_that_is_switched_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0000000000000000 T entry_SYSCALL_64\n"])
-def test_hidden_symbols_are_an_error(tmp_path: Path, text: str) -> None:
+def test_hidden_symbols(tmp_path: Path, text: str) -> None:
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/kallsyms").write_text(text)
     registers(tmp_path, 0)
-    with pytest.raises(PermissionError):
-        Entries(tmp_path, pread).read()
+    assert Entries(tmp_path, pread).read() is None
+
+
+def test_hidden_registers(tmp_path: Path) -> None:
+    def refused(_fd: int, _size: int, _offset: int) -> bytes:
+        raise PermissionError(errno.EPERM, "refused")
+
+    def broken(_fd: int, _size: int, _offset: int) -> bytes:
+        raise OSError(errno.EIO, "no such register")
+
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/kallsyms").write_text(SYMBOLS)
+    registers(tmp_path, 0)
+    assert Entries(tmp_path, refused).read() is None
+    with pytest.raises(OSError, match="no such register"):
+        Entries(tmp_path, broken).read()
 
 
 def test_no_registers(tmp_path: Path) -> None:

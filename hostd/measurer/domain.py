@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from hostd.core.reading_domain import DomainReading
 from hostd.core.readings import Missing
+from hostd.core.reference import DELETED
 from hostd.measurer.commandline import parse_claims
 from hostd.measurer.domain_line import definition_of
 from hostd.measurer.domain_xml import Definition, MalformedDomainError
@@ -48,8 +49,10 @@ class DomainProbe:
         directory = self._guests.directory
         try:
             if directory is None:
+                # An upgrade leaves running machines on the file of this path that was replaced.
+                emulator = guest.found.executable.removesuffix(DELETED)
                 definition: Definition | None = definition_of(
-                    line, emulator=guest.found.executable, accel=guest.hypervisor.accel
+                    line, emulator=emulator, accel=guest.hypervisor.accel
                 )
                 answered = True
             else:

@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hostd.core.readings import EXEC, READ, WRITE
+from hostd.core.reference import DELETED
 from hostd.measurer.elf import MalformedElfError
 from hostd.measurer.linking import Linking, Module, parse_module
 from hostd.platform.pages import PAGE, whole_pages
@@ -153,7 +154,9 @@ class Modules:
         known = tuple(module for module in modules if module is not None)
         if len(known) != len(modules):
             raise ProcessGoneError("a file has to be parsed again")
-        main = next((n for n, module in enumerate(known) if module.path == executable), None)
+        # A module keeps the name it was parsed under; its file may have been replaced since.
+        path = executable.removesuffix(DELETED)
+        main = next((n for n, module in enumerate(known) if module.path.removesuffix(DELETED) == path), None)
         if main is None:
             raise ProcessGoneError("its program is not mapped (any more)")
         key = (tuple(module.number for module in known), main)

@@ -50,6 +50,9 @@ class _Seen:
     """A process as it was before."""
 
     hypervisor: Hypervisor
+    base: int = 0
+    """Where its own code began when that was first seen. Only execve(2) moves it: a process that executes
+    the same program again keeps its pid and start time, and is another (another machine, say)."""
     jit: tuple[tuple[int, int], ...] = ()
 
 
@@ -76,6 +79,8 @@ class Processes:
         judge = _Judge(component, hypervisor, files, reference)
         seen = self._seen.setdefault(key, _Seen(hypervisor))
         judge.identity(seen.hypervisor)
+        seen.base = seen.base or _base(reading)
+        judge.place(seen.base, _base(reading))
         anonymous = [mapping for mapping in reading.mappings if mapping.file is None]
         judge.anonymous(anonymous, self._regions(seen, anonymous))
         for mapping in reading.mappings:
@@ -94,6 +99,14 @@ class Processes:
         if not seen.jit:
             seen.jit = _code_buffer(mapping for mapping in anonymous if mapping.name != VDSO)
         return seen.jit
+
+
+def _base(reading: ProcessReading) -> int:
+    """Lowest address of the process's own code; 0 if none is mapped."""
+    own = (
+        m.start for m in reading.mappings if m.protection & EXEC and m.name == reading.hypervisor.executable
+    )
+    return min(own, default=0)
 
 
 def _code_buffer(mappings: Iterable[Mapping]) -> tuple[tuple[int, int], ...]:
@@ -136,6 +149,15 @@ class _Judge:
         ):
             if was != is_now and not starting:
                 self._add(Code.IDENTITY_CHANGED, self._subject, f"{what} {was}", f"{what} {is_now}")
+
+    def place(self, was: int, is_now: int) -> None:
+        if was and is_now and was != is_now:
+            self._add(
+                Code.IDENTITY_CHANGED,
+                self._subject,
+                f"its own code at {was:#x}",
+                f"its own code at {is_now:#x}: it has executed a program since",
+            )
 
     def anonymous(self, mappings: list[Mapping], accepted: tuple[tuple[int, int], ...]) -> None:
         for mapping in mappings:

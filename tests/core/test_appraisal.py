@@ -289,6 +289,22 @@ def test_identity_that_may_change(
     assert not verdict.findings
 
 
+def test_the_same_program_executed_again_is_another_life(appraiser: Appraiser) -> None:
+    """Same pid, start time, executable and name: only where its code lies tells."""
+    assert judge(appraiser, process()).good
+    moved = process(mapping(start=0x50000, end=0x51000), VDSO)
+    for _ in range(2):
+        (finding,) = judge(appraiser, moved).findings
+        assert finding.code == Code.IDENTITY_CHANGED
+        assert "0x10000" in finding.expected
+        assert "0x50000" in finding.seen
+    # Its first page made writable is another finding, and not this one.
+    parted = process(
+        mapping(end=0x10800, protection=READ | WRITE | EXEC), mapping(start=0x10800, offset=0x800), VDSO
+    )
+    assert Code.IDENTITY_CHANGED not in {finding.code for finding in judge(appraiser, parted).findings}
+
+
 def test_ended_processes_are_forgotten(appraiser: Appraiser) -> None:
     judge(appraiser, process())
     appraiser.appraise(GUESTS, GuestsReading((), ()))
@@ -385,6 +401,54 @@ def test_jit() -> None:
     # Under KVM there is no JIT, whatever the configuration says.
     kvm = hypervisor(pid=5)
     only(judge(appraiser, process(mapping(), whole, hypervisor=kvm)), Code.MAPPING_ANONYMOUS_EXEC)
+
+
+def _jit(start: int, end: int, protection: int = READ | WRITE | EXEC) -> object:
+    return mapping(None, "", start=start, end=end, protection=protection)
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "good"),
+    [
+        # What is too small or too large to be TCG's buffer never is one.
+        ([(0x100000, 0x101000)], None, False),
+        ([(0x100000, 0x1FF000)], None, False),
+        ([(1 << 32, (1 << 32) + (2 << 30) + 4096)], None, False),
+        ([(1 << 32, (1 << 32) + (2 << 30))], None, True),
+        # One buffer, in regions with guard pages between them, and nothing beside.
+        ([(0x100000, 0x180000), (0x181000, 0x201000)], None, True),
+        ([(0x100000, 0x200000), (0x300000, 0x400000)], None, False),
+        ([(0x100000, 0x200000), (0x300000, 0x301000)], None, False),
+        # It may shrink and be split; it may not grow or move.
+        ([(0x100000, 0x200000)], [(0x100000, 0x110000), (0x120000, 0x200000)], True),
+        ([(0x100000, 0x200000)], [], True),
+        ([(0x100000, 0x200000)], [(0x100000, 0x201000)], False),
+        ([(0x100000, 0x200000)], [(0xFF000, 0x200000)], False),
+        ([(0x100000, 0x200000)], [(0x300000, 0x400000)], False),
+    ],
+)
+def test_code_buffer(first: list[tuple[int, int]], later: list[tuple[int, int]] | None, good: bool) -> None:
+    appraiser = Appraiser(reference(), Rules(allow_jit=True, protected=()))
+    appraiser.learn(1, identity(1, "/usr/bin/q", APPROVED))
+    appraiser.appraise(FILES, files(segment(1)))
+    tcg = hypervisor(accel="tcg")
+    for areas in [first] if later is None else [first, later]:
+        verdict = judge(appraiser, process(mapping(), *(_jit(*area) for area in areas), hypervisor=tcg))
+    assert verdict.good is good
+    if not good:
+        only(verdict, Code.MAPPING_ANONYMOUS_EXEC)
+    # Shrunk and grown again is where it was.
+    if later is not None and good:
+        assert judge(appraiser, process(mapping(), *(_jit(*area) for area in first), hypervisor=tcg)).good
+
+
+def test_claims(appraiser: Appraiser) -> None:
+    claims = dict(judge(appraiser, process(mapping(), VDSO)).claims)
+    assert claims["anonymous executable"] == "none"
+    assert claims["executable"] == "/usr/bin/q"
+    assert claims["altered pages"] == "0"
+    claims = dict(appraiser.appraise(FILES, files(segment(1))).claims)
+    assert (claims["files"], claims["approved"], claims["not identified"]) == ("1", "1", "0")
 
 
 def test_writable(appraiser: Appraiser) -> None:

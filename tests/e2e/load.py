@@ -14,6 +14,8 @@ from guestlib.errors import HostdError
 from tests.e2e.harness import until
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from guestlib.client import Client
     from tests.e2e.harness import Host
 
@@ -35,8 +37,15 @@ class Load:
     """Threads with a connection each: every fourth request makes a key, the others use one."""
 
     def __init__(
-        self, host: Host, *, threads: int = 3, timeout_s: float = 5.0, creating: bool = True
+        self,
+        host: Host,
+        *,
+        threads: int = 3,
+        timeout_s: float = 5.0,
+        creating: bool = True,
+        client: Callable[[], Client] | None = None,
     ) -> None:
+        """`client` makes each thread's client; without it they are this process's user."""
         self.host = host
         self.answers: list[Answer] = []
         self.errors: collections.Counter[str] = collections.Counter()
@@ -44,7 +53,9 @@ class Load:
         self.last: HostdError | None = None
         self._stop = threading.Event()
         self._threads = [
-            threading.Thread(target=self._work, args=(host.client(timeout_s=timeout_s),))
+            threading.Thread(
+                target=self._work, args=(client() if client else host.client(timeout_s=timeout_s),)
+            )
             for _ in range(threads)
         ]
 

@@ -201,8 +201,7 @@ def become_another(scene: Native) -> Staged:
     del words[monitor : monitor + 2]
     tamper.execute(scene.pid, *words, env={**os.environ, **scene.env, "QEMU_MODULE_DIR": qemu.MODULES})
     until(lambda: STRANGER in Path(f"/proc/{scene.pid}/cmdline").read_text(), "it runs the other program")
-    # Its mappings have moved, the JIT's first of all.
-    return Staged((Sign(OWN, ("identity-changed", "mapping-anonymous-exec"), (f"pid {scene.pid}",)),))
+    return own("identity-changed", f"pid {scene.pid}")
 
 
 def _constants(scene: Native, name: str) -> int:

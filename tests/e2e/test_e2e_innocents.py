@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from guestlib.client import Client
 from hostd.core.readings import EXEC, READ
-from tests.e2e.harness import Host, adopted, machine
+from hostd.ipc import operating as adm
+from tests.e2e.harness import VM, Host, adopted, machine
 from tests.e2e.load import Load
 from tests.support import qemu, tamper
 from tests.support.innocents import Tally
+from tests.support.relay import Relay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,7 +55,7 @@ def test_a_thousand_machines_start_and_stop(
                 time.sleep(0.05)
         tally.add("machine started and stopped")
 
-    with watched(binary, tally, capsys), ThreadPoolExecutor(AT_ONCE) as pool:
+    with watched(binary, vm, tally, capsys), ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(life, range(STARTS)))
     assert tally.total == STARTS
 
@@ -65,7 +68,7 @@ def test_memory_files_and_machines_in_motion(
     with tempfile.TemporaryDirectory() as place:
         monitor = Path(place) / "monitor"
         control = ("-qmp", f"unix:{monitor},server=on,wait=off")
-        with machine(binary, *control, env=env) as steady, watched(binary, tally, capsys):
+        with machine(binary, *control, env=env) as steady, watched(binary, steady, tally, capsys):
             for kind, times, event in _events(steady, binary, library, env, monitor):
                 for _ in range(times):
                     event()
@@ -120,11 +123,22 @@ def _tell(monitor: Path, command: str) -> None:
 
 
 @contextlib.contextmanager
-def watched(binary: Path, tally: Tally, capsys: pytest.CaptureFixture[str]) -> Iterator[Host]:
-    """A host that serves and is asked all the while; at the end nothing was found, and no role has died."""
-    with adopted(binary) as host:
+def watched(binary: Path, vm: qemu.Vm, tally: Tally, capsys: pytest.CaptureFixture[str]) -> Iterator[Host]:
+    """A host that serves machine `vm`, which asks all the while. At the end nothing was found, and no role
+    has died."""
+    with adopted(binary) as host, contextlib.ExitStack() as stack:
+        host.ask(adm.BindVm(vm=VM, tenant="acme"), adm.Nothing)
+        path = host.directory / "relay.sock"
+        relay = Relay(path, vm.pid, host.guest_socket)
+        stack.callback(relay.close)
+
+        def client() -> Client:
+            made = Client(host.trust(), f"unix:{path}", timeout_s=20.0)
+            stack.callback(made.close)
+            return made
+
         before = host.pids()
-        with Load(host, threads=2, timeout_s=20, creating=False) as load:
+        with Load(host, threads=2, creating=False, client=client) as load:
             yield host
             assert host.drift() == {}, tally.report(-1, len(load.answers))
             load.answered_after(time.monotonic(), 20)

@@ -102,7 +102,7 @@ def _greeting(process: subprocess.Popen[bytes], control: str) -> None:
             assert process.stderr is not None
             raise AssertionError(f"QEMU ended: {process.stderr.read()!r}")
         with (
-            contextlib.suppress(FileNotFoundError, ConnectionRefusedError, TimeoutError),
+            contextlib.suppress(FileNotFoundError, ConnectionError, TimeoutError),
             socket.socket(socket.AF_UNIX) as s,
         ):
             # A command that comes while the monitor is being set up may be lost: ask again.

@@ -19,7 +19,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from hostd.core.readings import MAX_ALTERED, AlteredPage, FilesReading, Segment
-from hostd.measurer.files import only_root_changes
+from hostd.measurer.files import MAX_NAMED, only_root_changes
 from hostd.platform.pages import PAGE, whole_pages
 
 if TYPE_CHECKING:
@@ -132,9 +132,8 @@ class ContentsProbe:
             for at, was, is_now in file.copies[item].differences(self._now(file, item), left):
                 left -= 1
                 offset = item.offset + at
-                yield AlteredPage(
-                    0, file.number, file.path, offset, was, is_now, "content", file.place(offset)
-                )
+                symbol = file.place(offset) if left >= MAX_ALTERED - MAX_NAMED else ""
+                yield AlteredPage(0, file.number, file.path, offset, was, is_now, "content", symbol)
 
     def _now(self, file: File, item: Range) -> Callable[[int, int], bytes]:
         def read(offset: int, length: int) -> bytes:

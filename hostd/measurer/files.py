@@ -50,6 +50,9 @@ MAX_TAGGED_PER_PROCESS: Final = 256 << 20
 MAX_TAGGED: Final = 1 << 30
 """Bytes read in every pass in all; a process that asks for more of its own is not verified."""
 MAX_SEGMENTS_PER_FILE: Final = 1024
+MAX_PLACES: Final = 64
+MAX_NAMED: Final = 16
+"""Differences of one reading that are named by symbol: each may take a millisecond, once."""
 KEEP_S: Final = 600.0
 """After the last process that mapped a file ended; a VM that is started again finds it identified."""
 SETTLE_S: Final = 1.0
@@ -91,6 +94,7 @@ class File:
     tags: dict[Range, bytes] = field(default_factory=dict)
     """Of the segments as they were when they were first identified."""
     copies: dict[Range, Copy] = field(default_factory=dict)
+    places: dict[int, str] = field(default_factory=dict)
     seen: float = 0.0
     """When it was last found mapped by a process that was looked at anew."""
     unused_since: float | None = None
@@ -103,8 +107,14 @@ class File:
             return b""
 
     def place(self, offset: int) -> str:
-        """Symbol or section at an offset, as `name+0x12`; empty if it has none."""
-        return place(self.read, offset)
+        """Symbol or section at an offset, as `name+0x12`; empty if it has none. Going through the symbols
+        takes a millisecond, so the latest places are kept: while nobody mends it, the same is found again."""
+        known = self.places.get(offset)
+        if known is None:
+            if len(self.places) >= MAX_PLACES:
+                self.places.clear()
+            known = self.places[offset] = place(self.read, offset)
+        return known
 
     def close(self) -> None:
         if self.own is not None:

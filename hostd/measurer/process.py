@@ -43,7 +43,7 @@ from hostd.core.readings import (
     ProcessReading,
 )
 from hostd.measurer.copies import first_difference
-from hostd.measurer.files import Range, TooMuchError
+from hostd.measurer.files import MAX_NAMED, Range, TooMuchError
 from hostd.measurer.frames import OwnFrames, Shape, shape_of
 from hostd.platform.pages import (
     ENTRY_BYTES,
@@ -295,12 +295,15 @@ class ProcessProbe:
         except OSError:
             memory = -1
         try:
-            return tuple(self._page(plan, index, memory, target) for index in odd)
+            return tuple(
+                self._page(plan, index, memory, target, named=count < MAX_NAMED)
+                for count, index in enumerate(odd)
+            )
         finally:
             if memory >= 0:
                 os.close(memory)
 
-    def _page(self, plan: Plan, index: int, memory: int, target: bytes) -> AlteredPage:
+    def _page(self, plan: Plan, index: int, memory: int, target: bytes, *, named: bool) -> AlteredPage:
         entry = int.from_bytes(target[index * ENTRY_BYTES : (index + 1) * ENTRY_BYTES], "little")
         reason = "swapped" if entry & SWAPPED else "frame" if entry & FILE else "private"
         for run in plan.runs:
@@ -314,7 +317,7 @@ class ProcessProbe:
         expected = self._expected(run, index, file, offset)
         seen = _read_memory(memory, address)
         at, was, is_now = first_difference(expected, seen) if seen else (0, expected[:WINDOW_BYTES], b"")
-        symbol = "" if file is None else file.place(offset + at)
+        symbol = file.place(offset + at) if file is not None and named else ""
         return AlteredPage(address + at, mapping.file, mapping.name, offset + at, was, is_now, reason, symbol)
 
     def _expected(self, run: Run, index: int, file: File | None, offset: int) -> bytes:

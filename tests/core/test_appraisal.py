@@ -18,6 +18,7 @@ from hostd.core.readings import (
     FileIdentity,
     GuestsReading,
     ImaReading,
+    Mapping,
     Missing,
     ProcessReading,
     Reading,
@@ -403,7 +404,7 @@ def test_jit() -> None:
     only(judge(appraiser, process(mapping(), whole, hypervisor=kvm)), Code.MAPPING_ANONYMOUS_EXEC)
 
 
-def _jit(start: int, end: int, protection: int = READ | WRITE | EXEC) -> object:
+def _jit(start: int, end: int, protection: int = READ | WRITE | EXEC) -> Mapping:
     return mapping(None, "", start=start, end=end, protection=protection)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,25 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.qemu
 LIBRARY = Path(os.path.realpath("/usr/lib/x86_64-linux-gnu/libpixman-1.so.0"))
+
+
+def _into(path: Path, name: str, offset: int) -> int:
+    """How far `offset` lies inside what a finding names, by readelf's word."""
+    thing = name.rpartition("+")[0]
+    if thing.startswith("."):
+        rows = subprocess.run(["readelf", "-SW", path], check=True, capture_output=True, text=True).stdout
+        row = next(row.partition("]")[2].split() for row in rows.splitlines() if f" {thing} " in row)
+        return offset - int(row[3], 16)
+    rows = subprocess.run(
+        ["readelf", "--dyn-syms", "-W", path], check=True, capture_output=True, text=True
+    ).stdout
+    row = next(
+        row.split()
+        for row in rows.splitlines()
+        if row.split()[-1:] and row.split()[-1].split("@")[0] == thing
+    )
+    # Code of a position-independent file lies at the same offset and address here.
+    return offset - int(row[1], 16)
 
 
 def test_untouched_is_good(watched: Watched, vm: qemu.Vm) -> None:
@@ -47,7 +67,9 @@ def test_byte_in_text(watched: Watched, vm: qemu.Vm, page: str) -> None:
     assert finding.component == f"process:{vm.uuid}"
     assert "qemu-under-test" in finding.subject
     assert f"pid {vm.pid}" in finding.subject
-    assert finding.where == f"address {address:#x}, file offset {offset:#x}"
+    named, _, at = finding.where.partition(", ")
+    assert at == f"address {address:#x}, file offset {offset:#x}"
+    assert named.endswith(f"+{_into(Path(qemu.QEMU), named, offset):#x}")
     assert before.hex(" ") in finding.expected
     assert bytes([before[0] ^ 1, *before[1:]]).hex(" ") in finding.seen
     # Taking the byte back leaves the copied page.
@@ -205,7 +227,9 @@ def test_page_cache_flip(watched: Watched, binary: Path, memory_directory: Path)
         assert finding.code == Code.FILE_ALTERED
         assert finding.component == "files"
         assert finding.subject == str(library)
-        assert finding.where == f"file offset {offset:#x}"
+        named, _, at = finding.where.partition(", ")
+        assert at == f"file offset {offset:#x}"
+        assert named.endswith(f"+{_into(library, named, offset):#x}")
         assert f"bytes {was:02x} " in finding.expected
         assert f"bytes {now:02x} " in finding.seen
         # Identifying the file again does not make it good.

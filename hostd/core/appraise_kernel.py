@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hostd.core.rule_kernel import KernelRule
 
 MAX_FINDINGS: Final = 64
+_TABLE: Final = "table "
 MAX_PINNED: Final = 65536
 """Ranges held to their first tag; a host has some 300. Over it nothing more is good."""
 RangeKey = tuple[int, str, int, int]
@@ -97,10 +98,18 @@ class KernelJudge:
         self._patched = {number: value for number, value in self._patched.items() if number in self._images}
 
     def _complete(self) -> bool:
-        """Whether every image has ranges, and those of the plan's first complete reading."""
-        covered = {key[0] for key in self._seen}
+        """Whether every byte of every image was read once, in the ranges of the plan's first complete
+        reading."""
+        covered = dict.fromkeys(self._images, 0)
+        for number, area, _, length in self._seen:
+            if number not in covered:
+                return False
+            covered[number] += 0 if area.startswith(_TABLE) else length
         kernel = any(image.name == VMLINUX for image in self._images.values())
-        if not kernel or not covered >= self._images.keys():
+        if not kernel or any(
+            not covered[number] or covered[number] != image.compared + image.pinned
+            for number, image in self._images.items()
+        ):
             return False
         return self._seen == self._ranges.setdefault(self._plan, set(self._seen))
 
@@ -124,6 +133,9 @@ class KernelJudge:
         named = {(item.image, item.area) for item in reading.altered}
         for item in reading.ranges:
             key = (item.image, item.area, item.offset, item.length)
+            if key in self._seen:
+                # Two ranges under one name: one of them could hide the other.
+                yield self._range_finding(name, item)
             self._seen.add(key)
             if len(self._pinned) < MAX_PINNED:
                 # What is altered at first sight is a finding of its own, and must not become the measure.
@@ -256,7 +268,7 @@ def _word(item: KernelSite, approved: set[str]) -> str:
 
 
 def _code_of(area: str) -> Code:
-    if area.startswith("table ") or area == "idt_table":
+    if area.startswith(_TABLE) or area == "idt_table":
         return Code.KERNEL_TABLE_ALTERED
     return Code.KERNEL_TEXT_ALTERED if "text" in area else Code.KERNEL_RODATA_ALTERED
 

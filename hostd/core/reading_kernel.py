@@ -36,7 +36,8 @@ class KernelImage(Struct, frozen=True):
     compared: Count
     """Bytes compared with the file; 0 without one."""
     pinned: Count
-    """Bytes that no file gives, held to what they were at first sight."""
+    """Bytes that no file gives, held to what they were at first sight. With `compared` all bytes of the image
+    that are read, but for those of tables."""
 
 
 class KernelRange(Struct, frozen=True):

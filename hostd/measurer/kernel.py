@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     from hostd.config import Config
 
 BUILD_AGAIN_S: Final = 10.0
-"""After a builder that failed, or found something altered."""
+"""After a builder that failed."""
+SUSPECT_AGAIN_S: Final = 60.0
+"""After one that found something altered: it may have been put back."""
 MAX_BUILT_BYTES: Final = 256 << 20
 Key = tuple[str, int]
 """(name, address): a module that was loaded again is another image."""
@@ -67,6 +69,7 @@ class KernelProbe:
         self._next_image = 0
         self._child: tuple[subprocess.Popen[bytes], IO[bytes], list[Key]] | None = None
         self._not_before = 0.0
+        self._suspect_from = 0.0
         self._said = ""
 
     def read(self, part: int) -> KernelReading | Missing:
@@ -100,7 +103,7 @@ class KernelProbe:
         suspect = sorted(key for key, image in self._images.items() if image.built.altered_total)
         for key in gone:
             del self._images[key]
-        if missing or (suspect and time.monotonic() >= self._not_before):
+        if missing or (suspect and time.monotonic() >= self._suspect_from):
             self._start_builder(missing or suspect)
         if missing:
             names = " ".join(name for name, _ in missing)
@@ -138,8 +141,9 @@ class KernelProbe:
                 return
             out.seek(0)
             built = msgspec.msgpack.decode(out.read(MAX_BUILT_BYTES), type=Built)
-        if not any(image.altered_total for image in built.images):
-            self._not_before = 0.0
+        suspect = any(image.altered_total for image in built.images)
+        self._suspect_from = time.monotonic() + (SUSPECT_AGAIN_S if suspect else 0.0)
+        self._not_before = 0.0
         self._said = ""
         symbols = Symbols(built.symbols)
         if self._comparer is None:
@@ -185,7 +189,7 @@ class KernelProbe:
             images=tuple(image.built.image for image in plan.images) if part == 0 else (),
             ranges=tuple(ranges),
             sites=tuple(sites[:MAX_SITES]),
-            sites_total=len(sites),
+            sites_total=sum(chunk.sites_total for chunk in chunks),
             altered=tuple(altered[:MAX_ALTERED]),
             altered_total=total,
         )

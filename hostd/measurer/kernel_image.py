@@ -231,7 +231,9 @@ def _areas(elf: Elf, symbols: Mapping[str, int], slide: int) -> list[Area]:
             areas.append(Area("ro_after_init", once[0] + slide, once[1] - once[0], None))
             low, content = once[1], content[once[1] - low :]
         if content:
-            areas.append(_area(section.name, low, content, slide))
+            # Names are unique: readings and their judge know an area by its name.
+            name = section.name if low == section.address else f"{section.name} after boot's"
+            areas.append(_area(name, low, content, slide))
     return areas
 
 

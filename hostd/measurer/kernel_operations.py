@@ -33,6 +33,7 @@ OPERATIONS: Final[dict[str, tuple[tuple[str, tuple[tuple[int, int], ...]], ...]]
     "vhost_net": (("vhost_net_misc", _LINKS),),
 }
 """Module → (symbol, ignored ranges as (offset, length))."""
+ANY: Final = "a function of the kernel or a module"
 _SMALL: Final = 1 << 32
 
 
@@ -82,7 +83,8 @@ def wrong_slots(
         else:
             good = slot.value < _SMALL or not _amid_function(slot, symbols)
         if not good:
-            found.append(altered_slot(table, slot, wanted, address, golden, seen))
+            expects = wanted.leads if wanted.value else ANY
+            found.append(altered_slot(table, slot, expects, address, golden, seen))
     return found
 
 
@@ -92,9 +94,9 @@ def _amid_function(slot: Slot, symbols: Symbols) -> bool:
 
 
 def altered_slot(
-    table: str, slot: Slot, wanted: Slot, address: int, expected: bytes, seen: bytes
+    table: str, slot: Slot, expects: str, address: int, expected: bytes, seen: bytes
 ) -> KernelAltered:
-    """A finding's facts for one slot."""
+    """A finding's facts for one slot; `expects` says in words where it should lead."""
     return KernelAltered(
         image=0,
         area=f"table {table}",
@@ -102,7 +104,7 @@ def altered_slot(
         address=address + slot.offset,
         expected=expected[slot.offset : slot.offset + 8],
         seen=seen[slot.offset : slot.offset + 8],
-        expects=(wanted.leads if wanted.value else "a function of the kernel or an approved module")[:128],
+        expects=expects[:128],
         leads=f"{slot.leads} ({slot.value:#x})"[:128],
     )
 
@@ -118,5 +120,5 @@ def gates(table: bytes, symbols: Symbols, address: int) -> list[KernelAltered]:
         # Handlers of device interrupts are entries of one array of code, each without a name.
         if table[at + 5] & 0x80 and not symbols.is_code(target):
             slot = Slot(at, target, symbols.near(target) or "no symbol")
-            found.append(altered_slot("idt_table", slot, Slot(at, 0, ""), address, table, table))
+            found.append(altered_slot("idt_table", slot, ANY, address, table, table))
     return found

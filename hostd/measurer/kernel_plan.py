@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec.structs import replace
 
 from hostd.core.patchsites import branch, differences, settle
-from hostd.core.reading_kernel import KernelAltered, KernelRange, KernelSite
+from hostd.core.reading_kernel import MAX_SITES, KernelAltered, KernelRange, KernelSite
 from hostd.core.reading_types import WINDOW_BYTES
 from hostd.measurer import kernel_operations as operations
 from hostd.measurer.kernel_built import CHUNK, Sites
@@ -77,6 +77,7 @@ class Chunk:
     raw: bytes = b""
     settled: bytes = b""
     sites: tuple[KernelSite, ...] = ()
+    sites_total: int = 0
     altered: tuple[KernelAltered, ...] = ()
     altered_total: int = 0
 
@@ -134,7 +135,7 @@ def make_plan(number: int, images: list[Planned]) -> Plan:
 def carry_over(old: Plan, new: Plan) -> None:
     """Keeps what was judged of images that are in both."""
     known = {
-        (chunk.image.number, chunk.area.name, chunk.number): chunk
+        (chunk.image.number, chunk.address): chunk
         for part in old.parts
         for span in part
         for chunk in span.chunks
@@ -142,7 +143,7 @@ def carry_over(old: Plan, new: Plan) -> None:
     for part in new.parts:
         for span in part:
             for at, chunk in enumerate(span.chunks):
-                span.chunks[at] = known.get((chunk.image.number, chunk.area.name, chunk.number), chunk)
+                span.chunks[at] = known.get((chunk.image.number, chunk.address), chunk)
 
 
 class Comparer:
@@ -203,10 +204,12 @@ class Comparer:
         """Sets what the chunk says, and takes legal changes back in `work`."""
         sites: list[KernelSite] = []
         found: list[KernelAltered] = []
-        total, free_from = 0, 0
-        for at in differences(copy, seen, limit=MAX_COUNTED):
+        total, free_from, changed = 0, 0, 0
+        for at in differences(copy, seen, limit=CHUNK):
             if at < free_from:
                 continue
+            if total >= MAX_COUNTED:
+                break
             site = chunk.image.sites.holding(chunk.address + at)
             if site is not None:
                 now = self._site_bytes(chunk, site, seen)
@@ -214,13 +217,16 @@ class Comparer:
                     start = max(0, site.address - chunk.address)
                     free_from = site.address + len(now) - chunk.address
                     work[start:free_from] = copy[start:free_from]
-                    sites.append(self._changed(chunk, site, now))
+                    changed += 1
+                    if len(sites) < MAX_SITES:
+                        sites.append(self._changed(chunk, site, now))
                     continue
             free_from = at + WINDOW_BYTES
             total += 1
             if len(found) < 16:
                 found.append(self._altered(chunk, at, copy, seen, site))
-        chunk.sites, chunk.altered, chunk.altered_total = tuple(sites), tuple(found), total
+        chunk.sites, chunk.sites_total = tuple(sites), changed
+        chunk.altered, chunk.altered_total = tuple(found), total
 
     def _site_bytes(self, chunk: Chunk, site: Site, seen: bytes) -> bytes:
         """A site's bytes; one that a chunk's end cuts in two is read for itself."""
@@ -259,7 +265,7 @@ class Comparer:
                 item = operations.altered_slot(
                     name.removeprefix(TABLE),
                     now[0]._replace(offset=start),
-                    was[0],
+                    was[0].leads,
                     chunk.address,
                     copy,
                     seen,

@@ -35,8 +35,8 @@ def image(number: int = 0, **changes: object) -> KernelImage:
         "sha256": bytes([number + 1]) * 32,
         "note": "",
         "patched": bytes([number + 101]) * 32,
-        "compared": 100,
-        "pinned": 10,
+        "compared": 4000,
+        "pinned": 96,
     }
     return KernelImage(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -99,6 +99,10 @@ def test_a_complete_reading_is_good_and_no_part_of_it_is() -> None:
         (part(0, images=(image(1),)), part(1)),
         (part(0), part(1, ranges=())),
         (part(0, ranges=()), part(1)),
+        (part(0), part(1, ranges=(replace(span(1), length=4095),))),
+        (part(0), part(1, ranges=(span(1), span(2)))),
+        (part(0), part(1, ranges=(span(1), span(1)))),
+        (part(0), part(1, ranges=(span(1), span(1, offset=4096)))),
     ],
 )
 def test_what_is_not_complete_is_never_good(parts: tuple[KernelReading, ...]) -> None:
@@ -107,7 +111,8 @@ def test_what_is_not_complete_is_never_good(parts: tuple[KernelReading, ...]) ->
 
 def test_a_later_reading_of_the_plan_has_the_same_ranges() -> None:
     keeper = KernelJudge()
-    more = part(1, ranges=(span(1), span(1, offset=4096)))
+    ranges = (span(1), span(1, area="table ops"))
+    more = part(1, ranges=ranges)
     assert judge(part(0), more, judge=keeper).status is Status.VERIFIED
     assert judge(part(0), part(1), judge=keeper).status is Status.PENDING
     assert judge(part(0), more, judge=keeper).status is Status.VERIFIED
@@ -273,7 +278,7 @@ def test_images_must_be_among_the_reference_values(changed: dict[str, object], c
 
 
 def test_first_use_must_be_allowed_by_name() -> None:
-    bare = {"sha256": b"", "path": "", "note": "no file of it", "compared": 0}
+    bare = {"sha256": b"", "path": "", "note": "no file of it", "compared": 0, "pinned": 4096}
     parts = (part(0, images=(image(0), image(1, **bare))), part(1))
     rule = propose_kernel(parts)
     assert rule.first_use == ("kvm",)

@@ -232,8 +232,9 @@ def test_the_kernel_is_relocated_by_its_own_table() -> None:
         (".text", 0, 0x100),
         (".rodata", 0x1000, 0x80),
         ("ro_after_init", 0x1080, 0x80),
-        (".rodata", 0x1100, 14),
+        (".rodata after boot's", 0x1100, 14),
     ]
+    assert len({name for name, _, _ in names}) == len(names)
     golden = image.areas[0].golden
     assert golden is not None
     assert golden[0x20:0x28] == (LINKED + 0x40 + SLIDE).to_bytes(8, "little")
@@ -365,5 +366,5 @@ def test_only_living_modules_count() -> None:
         ("fuse", 176128, 0xFFFFFFFFC0200000),
     ]
     for broken in ("kvm\n", "kvm x 1 - Live 0x1\n", "kvm 1 1 - Live zz\n", "\n"):
-        with pytest.raises(ValueError, match="modules|literal"):
+        with pytest.raises(ValueError, match=r"modules|literal"):
             parse_modules(broken)

@@ -12,7 +12,7 @@ from hostd.core.appraise_kernel import KernelJudge
 from hostd.core.codes import Code
 from hostd.core.findings import KERNEL, Verdict
 from hostd.core.patchsites import NOPS, Site, SiteKind
-from hostd.core.reading_kernel import KernelImage, KernelReading
+from hostd.core.reading_kernel import MAX_SITES, KernelImage, KernelReading
 from hostd.core.readings import Missing
 from hostd.core.reference import Reference
 from hostd.core.rule_kernel import KernelRule
@@ -46,6 +46,8 @@ ROWS = [
 ]
 EDGE = TEXT + CHUNK - 2
 """A jump label that two chunks share."""
+REST = TEXT + 0x1000000
+"""Another area, whose chunks have the same numbers."""
 SITES = [
     Site(SiteKind.JUMP, TEXT + 0x1010, NOPS[4], TEXT + 0x1040),
     Site(SiteKind.JUMP, EDGE, NOPS[4], EDGE + 0x40),
@@ -66,11 +68,16 @@ class Kernel:
         self.memory.put(TEXT, bytes(text))
         table = RUN.to_bytes(8, "little") + bytes(16) + (5).to_bytes(8, "little")
         self.memory.put(OPS, table)
+        self.memory.put(REST, bytes(range(100)))
         addresses, kinds, compiled, targets = pack_sites(SITES)
-        image = KernelImage(0, "vmlinux", "/boot/vmlinuz", b"s" * 32, "", b"p" * 32, SIZE, 0)
+        image = KernelImage(0, "vmlinux", "/boot/vmlinuz", b"s" * 32, "", b"p" * 32, SIZE, 100)
         self.built = BuiltImage(
             image,
-            (pack_area(".text", TEXT, bytes(text)), pack_area("table ops", OPS, table, ((8, 16),))),
+            (
+                pack_area(".text", TEXT, bytes(text)),
+                pack_area("rest", REST, bytes(range(100))),
+                pack_area("table ops", OPS, table, ((8, 16),)),
+            ),
             *(addresses, kinds, compiled, targets),
             (),
             0,
@@ -108,8 +115,8 @@ class Kernel:
                     plan=self.plan.number,
                     images=(self.built.image,) if number == 0 else (),
                     ranges=tuple(ranges),
-                    sites=tuple(sites),
-                    sites_total=len(sites),
+                    sites=tuple(sites[:MAX_SITES]),
+                    sites_total=sum(chunk.sites_total for chunk in chunks),
                     altered=tuple(altered),
                     altered_total=sum(chunk.altered_total for chunk in chunks),
                 )
@@ -143,7 +150,7 @@ def test_parts_are_bounded_and_hold_every_byte_once(kernel: Kernel) -> None:
         for span in part:
             for chunk in span.chunks:
                 seen.setdefault(chunk.area.name, []).append((chunk.address, chunk.length))
-    for name, start, size in ((".text", TEXT, SIZE), ("table ops", OPS, 32)):
+    for name, start, size in ((".text", TEXT, SIZE), ("rest", REST, 100), ("table ops", OPS, 32)):
         at = start
         for address, length in sorted(seen[name]):
             assert address == at
@@ -218,6 +225,29 @@ def test_a_static_call_and_a_hook_are_judged_by_where_they_lead(kernel: Kernel) 
     assert kernel.look().findings
 
 
+def test_thousands_of_changes_in_one_chunk_are_each_explained(kernel: Kernel) -> None:
+    sites = [Site(SiteKind.FTRACE, TEXT + at, NOPS[4]) for at in range(0, CHUNK - 8, 8)]
+    text = bytearray(kernel.memory.read(TEXT, SIZE))
+    for site in sites:
+        text[site.address - TEXT : site.address - TEXT + 5] = NOPS[4]
+    packed = pack_sites(sites)
+    areas = (pack_area(".text", TEXT, bytes(text)), *kernel.built.areas[1:])
+    kernel.built = replace(
+        kernel.built, areas=areas, addresses=packed[0], kinds=packed[1], compiled=packed[2], targets=packed[3]
+    )
+    kernel.planned = Planned(0, kernel.built, Sites(kernel.built))
+    kernel.plan, kernel.judge = make_plan(1, [kernel.planned]), KernelJudge()
+    kernel.memory.flip(TEXT, bytes(text))
+    assert kernel.look().good
+    for site in sites:
+        kernel.memory.flip(site.address, call(site, TEXT + 0x3000))
+    verdict = kernel.look()
+    assert verdict.good, verdict.findings
+    assert dict(verdict.claims)["sites changed"] == str(len(sites))
+    kernel.memory.flip(sites[-1].address, call(sites[-1], RUN))
+    assert kernel.look().findings
+
+
 def test_a_function_that_is_new_is_looked_up(kernel: Kernel) -> None:
     static = SITES[3]
     kernel.memory.flip(static.address, call(static, TEXT + 0x5000))
@@ -277,6 +307,11 @@ def test_a_new_plan_keeps_what_was_judged(kernel: Kernel) -> None:
     assert kernel.look().good
     assert kernel.reads == sum(len(part) for part in new.parts), "nothing was compared anew"
     assert isinstance(new, Plan)
+    for address in (TEXT, REST):
+        kernel.memory.flip(address, b"\xff")
+        assert kernel.look().findings, "nothing was lost on the way"
+        kernel.memory.flip(address, b"\0")
+        assert kernel.look().good
 
 
 # ── Tables of operations at first sight ───────────────────────────────────────────────────────────────

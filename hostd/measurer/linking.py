@@ -119,7 +119,7 @@ class Slot(NamedTuple):
     """The other legal value of a lazily bound slot: an address in its own file."""
 
     def value(self, bases: list[int]) -> int:
-        """The address that belongs there; for no soft slot."""
+        """The address that belongs there; for `ifunc` that of the resolver, for other soft slots nothing."""
         base = 0 if self.target.module == NOWHERE else bases[self.target.module]
         return (base + self.target.value) & _WORDS
 

@@ -27,7 +27,7 @@ from hostd.measurer.linking import Slot
 
 if TYPE_CHECKING:
     from hostd.measurer.elf_relocations import Named
-    from hostd.measurer.linking import Linking, Module, Target
+    from hostd.measurer.linking import Linking, Module
 
 MAX_PINNED: Final = 16384
 """Of one process; QEMU has some 900, with 52 files."""
@@ -58,15 +58,32 @@ class Odd(NamedTuple):
 
 
 @dataclass(slots=True)
-class Pins:
-    """What only the process knows, as it was first seen."""
+class Known:
+    """What only the process knows, while it is compared."""
 
-    words: dict[int, int] = field(default_factory=dict)
+    words: dict[int, int]
     """Address → value."""
-    resolved: dict[tuple[int, int], int] = field(default_factory=dict)
-    """(module, resolver) → the function it chose."""
-    done: set[int] = field(default_factory=set)
+    resolved: dict[int, int]
+    """Address of a resolver → the function it chose."""
+    done: frozenset[int]
     """Load addresses of the modules that were compared: no word of theirs becomes special any more."""
+
+
+class Pins:
+    """The same, as it was first seen, packed: 13 kB for a QEMU."""
+
+    def __init__(self) -> None:
+        self._words = array("Q")
+        self._resolved = array("Q")
+        self._done: frozenset[int] = frozenset()
+
+    def known(self) -> Known:
+        return Known(_unpacked(self._words), _unpacked(self._resolved), self._done)
+
+    def keep(self, known: Known, bases: list[int]) -> None:
+        """Takes over what a comparison found that had no fault."""
+        self._words, self._resolved = _packed(known.words), _packed(known.resolved)
+        self._done = known.done | frozenset(bases)
 
 
 @dataclass(slots=True)
@@ -106,40 +123,39 @@ class Comparison:
         """Compares. `regions`: each module's protected bytes as read; `loose`: the words at its loose
         slots. New pins are added to `pins`, if nothing is odd."""
         outcome = Outcome()
-        fresh = Pins(dict(pins.words), dict(pins.resolved), pins.done)
-        self._vote(regions, loose, fresh)
+        known = pins.known()
+        self._vote(regions, loose, known)
         for number, module in enumerate(self._linking.modules):
-            soft = self._region(number, module, regions[number], fresh, outcome)
-            soft += self._loose(number, loose[number], fresh, outcome)
+            soft = self._region(number, module, regions[number], known, outcome)
+            soft += self._loose(number, loose[number], known, outcome)
             outcome.pinned.append(soft)
             outcome.words.append(len(regions[number]) // WORD + len(loose[number]))
-        if len(fresh.words) > MAX_PINNED:
-            outcome.total += len(fresh.words)
+        if len(known.words) > MAX_PINNED:
+            outcome.total += len(known.words)
         if not outcome.total:
-            pins.words, pins.resolved = fresh.words, fresh.resolved
-            pins.done = pins.done | set(self._bases)
+            pins.keep(known, self._bases)
         return outcome
 
-    def _vote(self, regions: list[memoryview], loose: list[list[int]], pins: Pins) -> None:
+    def _vote(self, regions: list[memoryview], loose: list[list[int]], known: Known) -> None:
         """What each resolver chose, that is not known yet: what most of its slots have."""
-        votes: dict[tuple[int, int], Counter[int]] = {}
+        votes: dict[int, tuple[int, Counter[int]]] = {}
         for number, module in enumerate(self._linking.modules):
             now = regions[number].cast("Q")
             start, base = module.relocated.start, self._bases[number]
             pairs = [(slot, now[(slot.item.address - start) // WORD]) for slot in self._linking.slots[number]]
             pairs += zip(self._linking.loose[number], loose[number], strict=True)
             for slot, value in pairs:
-                key = (slot.target.module, slot.target.value)
-                if slot.soft != "ifunc" or not value or key in pins.resolved:
+                key = slot.value(self._bases)
+                if slot.soft != "ifunc" or not value or key in known.resolved:
                     continue
                 if slot.stub is None or value != base + slot.stub:
-                    votes.setdefault(key, Counter())[value] += 1
-        for key, counted in votes.items():
+                    votes.setdefault(key, (slot.target.module, Counter()))[1][value] += 1
+        for key, (module_number, counted) in votes.items():
             value = counted.most_common(1)[0][0]
-            if self._in_code_of(value, {key[0], VDSO_MODULE}):
-                pins.resolved[key] = value
+            if self._in_code_of(value, {module_number, VDSO_MODULE}):
+                known.resolved[key] = value
 
-    def _region(self, number: int, module: Module, seen: memoryview, pins: Pins, outcome: Outcome) -> int:
+    def _region(self, number: int, module: Module, seen: memoryview, known: Known, outcome: Outcome) -> int:
         relocated, base = module.relocated, self._bases[number]
         expected = relocated.expected(base)
         words = memoryview(expected).cast("Q")
@@ -161,17 +177,16 @@ class Comparison:
             own = relocated.start + index * WORD
             if special is not None:
                 first = own == special.item.address
-                verdict = self._soft(number, special, value, pins, first)
+                verdict = self._soft(number, special, value, known, first)
             else:
                 verdict = self._plain(number, module, own, value, copies, outcome)
             if verdict == "fixed":
                 continue
-            legal = pins.words.get(address, words[index])
+            legal = known.words.get(address, words[index])
             if special is not None and special.soft == "ifunc":
-                target = special.target
-                legal = pins.words.get(address, pins.resolved.get((target.module, target.value), 0))
-            if verdict and (value == legal or (address not in pins.words and base not in pins.done)):
-                pins.words[address] = value
+                legal = known.words.get(address, known.resolved.get(special.value(self._bases), 0))
+            if verdict and (value == legal or (address not in known.words and base not in known.done)):
+                known.words[address] = value
                 count += 1
                 continue
             item = special.item if special is not None else self._item(number, own)
@@ -217,11 +232,11 @@ class Comparison:
                 return True
         return False
 
-    def _soft(self, number: int, slot: Slot, value: int, pins: Pins, first: bool) -> str:
+    def _soft(self, number: int, slot: Slot, value: int, known: Known, first: bool) -> str:
         """Why a value that only the process knows may be; empty: it may not."""
         kind = slot.item.type
         if slot.soft == "ifunc":
-            return self._ifunc(slot.target, value, pins)
+            return self._ifunc(slot, value, known)
         if slot.soft == "linker":
             return self._linker(number, value)
         if kind == R_DTPMOD64:
@@ -233,13 +248,12 @@ class Comparison:
             return "tls" if self._in_code_of(value, self._linkers) else ""
         return "tls" if not self._leads_to_code(value) else ""
 
-    def _ifunc(self, target: Target, value: int, pins: Pins) -> str:
+    def _ifunc(self, slot: Slot, value: int, known: Known) -> str:
         if not value:
             return "ifunc"
-        if not self._in_code_of(value, {target.module, VDSO_MODULE}):
+        if not self._in_code_of(value, {slot.target.module, VDSO_MODULE}):
             return ""
-        key = (target.module, target.value)
-        return "ifunc" if pins.resolved.setdefault(key, value) == value else ""
+        return "ifunc" if known.resolved.setdefault(slot.value(self._bases), value) == value else ""
 
     def _linker(self, number: int, value: int) -> str:
         if not self._leads_to_code(value) or self._in_code_of(value, {*self._linkers, VDSO_MODULE}):
@@ -254,7 +268,7 @@ class Comparison:
             )
         return "linker" if value in self._service else ""
 
-    def _loose(self, number: int, seen: list[int], pins: Pins, outcome: Outcome) -> int:
+    def _loose(self, number: int, seen: list[int], known: Known, outcome: Outcome) -> int:
         base = self._bases[number]
         count = 0
         for slot, value in zip(self._linking.loose[number], seen, strict=True):
@@ -263,19 +277,19 @@ class Comparison:
             if value == stub:
                 continue
             if slot.soft:
-                verdict = self._soft(number, slot, value, pins, True)
+                verdict = self._soft(number, slot, value, known, True)
                 # Bound late, it is pinned when it is bound; every slot of a resolver agrees all the same.
-                if verdict and (stub is not None or pins.words.setdefault(address, value) == value):
+                if verdict and (stub is not None or known.words.setdefault(address, value) == value):
                     count += 1
                     continue
-                expected = [pins.resolved.get((slot.target.module, slot.target.value), 0)]
+                expected = [known.resolved.get(slot.value(self._bases), 0)]
             else:
                 expected = [slot.value(self._bases)]
                 if value == expected[0]:
                     continue
                 if self._interposed(number, slot.item, value):
                     outcome.interposed += 1
-                    if pins.words.setdefault(address, value) == value:
+                    if known.words.setdefault(address, value) == value:
                         continue
                 verdict = ""
             if stub is not None:
@@ -305,6 +319,14 @@ def _add(outcome: Outcome, odd: Odd) -> None:
     outcome.total += 1
     if len(outcome.odd) < MAX_ODD:
         outcome.odd.append(odd)
+
+
+def _packed(pairs: dict[int, int]) -> array[int]:
+    return array("Q", [number for pair in pairs.items() for number in pair])
+
+
+def _unpacked(packed: array[int]) -> dict[int, int]:
+    return dict(zip(packed[::2], packed[1::2], strict=True))
 
 
 def _differing(expected: bytearray, seen: memoryview) -> list[int]:

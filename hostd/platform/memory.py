@@ -28,7 +28,7 @@ MAX_BYTES: Final = 64 << 20
 MAX_VECTOR: Final = 1024
 """UIO_MAXIOV."""
 MAX_SEGMENTS: Final = 4096
-_HEADER: Final = struct.Struct("<4s28xQ16xHH")
+_HEADER: Final = struct.Struct("<4s28xQ14xHH")
 _PROGRAM: Final = struct.Struct("<IIQQQQQQ")
 _NO_PHYSICAL: Final = (1 << 64) - 1
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -140,8 +140,8 @@ class MemoryReader:
 
 def _segments(kcore: int) -> list[tuple[int, int, int]]:
     """(physical start, end, file offset) of what kcore shows of memory."""
-    magic, table, _, count = _HEADER.unpack(os.pread(kcore, _HEADER.size, 0))
-    if magic != b"\x7fELF" or not 0 < count <= MAX_SEGMENTS:
+    magic, table, entry, count = _HEADER.unpack(os.pread(kcore, _HEADER.size, 0))
+    if magic != b"\x7fELF" or entry != _PROGRAM.size or not 0 < count <= MAX_SEGMENTS:
         raise MemoryRefusedError("/proc/kcore is not an ELF file")
     data = os.pread(kcore, count * _PROGRAM.size, table)
     if len(data) != count * _PROGRAM.size:

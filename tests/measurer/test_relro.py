@@ -424,3 +424,21 @@ def test_reading_has_one_form_on_the_wire(watched: Watched, vm: qemu.Vm) -> None
     start(watched, vm)
     answer = reading(watched, vm)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(answer), type=RelroReading) == answer
+
+
+def test_library_opened_later(watched: Watched, vm: qemu.Vm, interposer: Path) -> None:
+    if shutil.which("gdb") is None:
+        pytest.skip("needs gdb")
+    start(watched, vm)
+    call = f'print ((void*(*)(const char*,int))dlopen)("{interposer}",2)'
+    subprocess.run(
+        ["gdb", "-p", str(vm.pid), "-batch", "-nx", "-ex", call],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    assert any(interposer.name in vma.name for vma in tamper.maps(vm.pid))
+    found = verdict(watched, vm)
+    assert found.status is Status.PENDING, found
+    assert not found.findings
+    assert dict(found.claims)["unapproved"] == "1"

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 from hostd.ipc.loop import Loop
 from hostd.measurer.apart import Apart
+from hostd.measurer.domain_events import DomainEvents
 from hostd.measurer.files import MAX_FILES
+from hostd.measurer.hints import Hints, process_events
 from hostd.measurer.kernel import KernelProbe
 from hostd.measurer.probes import Measurer
 from hostd.measurer.server import Server, listen
@@ -45,13 +47,24 @@ def run(config: Config) -> None:
     measurer = Measurer(config)
     listener = listen(config.run / SOCKET_NAME, uid)
     kernel = Apart(lambda: KernelProbe(config))
-    Server(loop, listener, measurer, kernel, vault_uid=uid, epoch=os.urandom(EPOCH_BYTES))
+    server = Server(loop, listener, measurer, kernel, vault_uid=uid, epoch=os.urandom(EPOCH_BYTES))
+    hints = Hints(
+        loop,
+        measurer.guests,
+        config.hypervisor.binaries,
+        server.hint,
+        processes=process_events(),
+        domains=DomainEvents(config.hypervisor.libvirt_uri)
+        if config.hypervisor.provider == "libvirt"
+        else None,
+    )
     _keep_watchdog(loop, kernel)
     notify(READY)
     try:
         loop.run()
     finally:
         notify(STOPPING)
+        hints.close()
         kernel.close()
         measurer.close()
         listener.close()

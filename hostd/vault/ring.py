@@ -6,7 +6,7 @@ time that is configured. Those who wait do not starve the background, nor it the
 ask in `SHARE` is the background's if it has any to make; one in two if its time is nearly over.
 
 A hint can only bring a reading forward. A flood of hints costs one reading of a component in
-`HINT_PAUSE_NS`, however many come.
+`HINT_PAUSE_NS`, or a twentieth of the time, however many come.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ PENDING_PAUSE_NS: Final = 10_000_000
 """A pending component is not read again before 10 ms are over, nor before the time a reading of it takes."""
 HINT_PAUSE_NS: Final = 50_000_000
 """A hint brings no component forward that was asked for less than 50 ms ago; it is read then."""
+HINT_SHARE: Final = 20
+"""Nor before so many times its last reading's time: a storm of hints costs each component 5 % at most."""
 SHARE: Final = 4
 """While somebody waits, one ask in so many may be the background's."""
 PENDING_SHARE: Final = 16
@@ -70,7 +72,7 @@ class Ring:
             self._served += 1
             return needed
         late = self._due(now, self._sweep - self._sweep // EARLY, takes)
-        due = late or self._brought_forward(now, takes)
+        due = late or self._brought_forward(now, stamps, takes)
         if due is None and needed is not None:
             due = self._due(now, self._sweep // 2, takes)
         if needed is not None and (due is None or (late is None and self._served < SHARE - 1)):
@@ -89,10 +91,14 @@ class Ring:
             return False
         return asked > now - max(PENDING_PAUSE_NS, stamp.ended - stamp.started)
 
-    def _brought_forward(self, now: int, takes: Callable[[Component], bool]) -> Component | None:
+    def _brought_forward(
+        self, now: int, stamps: Mapping[Component, Stamp], takes: Callable[[Component], bool]
+    ) -> Component | None:
         for component in self._forward:
-            asked = self._asked.get(component)
-            if (asked is None or asked <= now - HINT_PAUSE_NS) and takes(component):
+            asked, stamp = self._asked.get(component), stamps.get(component)
+            cost = 0 if stamp is None else stamp.ended - stamp.started
+            pause = max(HINT_PAUSE_NS, HINT_SHARE * cost)
+            if (asked is None or asked <= now - pause) and takes(component):
                 return component
         return None
 

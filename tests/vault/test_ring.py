@@ -248,6 +248,14 @@ def test_a_flood_of_hints_costs_a_bounded_share() -> None:
     assert max(asked.values()) <= 1000 * MS // HINT_PAUSE_NS + 1
 
 
+def test_hints_at_what_takes_long_to_read_cost_a_twentieth_of_the_time() -> None:
+    gate = swept()
+    read(gate, GUESTS, at=0, ended=20 * MS)
+    gate.hint(GUESTS)
+    assert ask(gate, 20 * 20 * MS - 1) is None
+    assert ask(gate, 20 * 20 * MS) == GUESTS
+
+
 def test_hints_do_not_starve_those_who_wait() -> None:
     gate = swept()
     hinted = served = 0

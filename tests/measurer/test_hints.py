@@ -1,0 +1,283 @@
+"""What happens becomes a hint, a storm of it costs little, and nothing is needed for going on."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from hostd.core.findings import GUESTS, IMA, Component, domain_of, process_of, relro_of
+from hostd.ipc.loop import Loop
+from hostd.measurer import events, hints
+from hostd.measurer.events import MAX_AT_ONCE, Event, EventsError, ProcessEvents, Turn, events_in
+from hostd.measurer.hints import COALESCE_S, MAX_MARKED, Hints
+
+VM = "aaaaaaaa-0000-4000-8000-000000000001"
+
+
+class Bench:
+    """Hints with a loop in the test's hands."""
+
+    def __init__(
+        self, processes: Any = None, *, count: Path = Path("/nonexistent"), domains: Any = None
+    ) -> None:
+        self.loop = Loop()
+        self.sent: list[tuple[float, Component]] = []
+        self.guests = SimpleNamespace(guests=())
+        self.hints = Hints(
+            self.loop,
+            cast("Any", self.guests),
+            (sys.executable,),
+            lambda component: self.sent.append((time.monotonic(), component)),
+            processes=processes,
+            domains=domains,
+            count_path=count,
+        )
+
+    def run(self, pid: int) -> None:
+        self.guests.guests = (SimpleNamespace(hypervisor=SimpleNamespace(pid=pid, vm=VM)),)
+
+    def until(self, condition: Callable[[], bool], within_s: float = 5.0) -> None:
+        end = time.monotonic() + within_s
+        while not condition():
+            assert time.monotonic() < end, "it did not happen"
+            self.loop.run_once(0.01)
+
+    def turn(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.loop.run_once(0.01)
+
+    @property
+    def components(self) -> set[Component]:
+        return {component for _, component in self.sent}
+
+
+@pytest.fixture
+def processes() -> Iterator[ProcessEvents]:
+    try:
+        made = ProcessEvents()
+    except EventsError as error:
+        pytest.skip(f"no proc connector here: {error}")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that stands for a hypervisor, and executes another program when it is told to."""
+    code = "import os,sys; sys.stdin.readline(); os.execv('/bin/sleep', ['sleep', '60'])"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    time.sleep(0.3)
+    yield child
+    child.kill()
+    child.wait()
+    assert child.stdin is not None
+    child.stdin.close()
+
+
+# ── Process events, for real ──────────────────────────────────────────────────────────────────────
+
+
+def test_an_exec_of_a_hypervisor_is_a_hint(
+    processes: ProcessEvents, sleeper: subprocess.Popen[bytes]
+) -> None:
+    bench = Bench(processes)
+    bench.run(sleeper.pid)
+    assert sleeper.stdin is not None
+    sleeper.stdin.write(b"go\n")
+    sleeper.stdin.flush()
+    bench.until(lambda: {process_of(VM), relro_of(VM), GUESTS} <= bench.components)
+
+
+def test_the_end_of_a_hypervisor_is_a_hint(
+    processes: ProcessEvents, sleeper: subprocess.Popen[bytes]
+) -> None:
+    bench = Bench(processes)
+    bench.run(sleeper.pid)
+    sleeper.kill()
+    bench.until(lambda: GUESTS in bench.components)
+
+
+def test_a_tracer_is_a_hint(processes: ProcessEvents, sleeper: subprocess.Popen[bytes]) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    bench = Bench(processes)
+    bench.run(sleeper.pid)
+    if libc.ptrace(16, sleeper.pid, None, None):  # PTRACE_ATTACH
+        pytest.skip("tracing is forbidden here")
+    os.waitpid(sleeper.pid, 0)
+    libc.ptrace(17, sleeper.pid, None, None)
+    bench.until(lambda: {process_of(VM), relro_of(VM)} <= bench.components)
+
+
+def test_a_start_of_a_configured_program_is_a_hint_and_of_another_is_none(processes: ProcessEvents) -> None:
+    bench = Bench(processes)
+    subprocess.run(["/bin/true"], check=True)
+    bench.turn(0.2)
+    assert GUESTS not in bench.components
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(5)"])
+    bench.until(lambda: GUESTS in bench.components)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+
+
+def test_a_fork_storm_costs_a_bounded_share(processes: ProcessEvents) -> None:
+    """Thousands of processes a second; this process's own time is what counts."""
+    storm = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import os\nwhile True:\n p=os.fork()\n if not p: os._exit(0)\n os.waitpid(p,0)",
+        ]
+    )
+    try:
+        bench = Bench(processes)
+        time.sleep(0.5)
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        began = time.monotonic()
+        bench.turn(2.0)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+    finally:
+        storm.kill()
+        storm.wait()
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    share = used / (time.monotonic() - began)
+    print(f"fork storm: {share:.1%} of one core")
+    assert share < 0.15
+    # And it is heard again when the storm is over.
+    bench.sent.clear()
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(5)"])
+    bench.until(lambda: GUESTS in bench.components)
+    child.kill()
+    child.wait()
+
+
+# ── Scripted ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Scripted:
+    """Process events that the test makes up."""
+
+    def __init__(self) -> None:
+        self.event = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.turns: list[Turn | OSError] = []
+        self.reads: list[float] = []
+
+    def fileno(self) -> int:
+        return self.event
+
+    def read(self) -> Turn:
+        self.reads.append(time.monotonic())
+        turn = self.turns.pop(0) if self.turns else Turn([], lost=False, more=False)
+        if isinstance(turn, OSError):
+            raise turn
+        return turn
+
+    def close(self) -> None:
+        os.close(self.event)
+
+
+def test_full_turns_are_followed_by_a_pause() -> None:
+    scripted = Scripted()
+    scripted.turns = [Turn([Event("exec", 1)] * MAX_AT_ONCE, lost=True, more=True)] * 1000
+    bench = Bench(scripted)
+    bench.turn(0.3)
+    assert 5 <= len(scripted.reads) <= 31
+    assert GUESTS in bench.components
+
+
+def test_a_source_that_fails_is_given_up_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    scripted = Scripted()
+    scripted.turns = [OSError(5, "Input/output error")]
+    bench = Bench(scripted)
+    bench.turn(0.05)
+    assert len(scripted.reads) == 1
+    assert "no process events any more" in capsys.readouterr().err
+
+
+def test_without_the_connector_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: object) -> None:
+        raise EventsError("Operation not permitted")
+
+    monkeypatch.setattr(hints, "ProcessEvents", refused)
+    assert hints.process_events() is None
+    assert capsys.readouterr().err.count("no process events") == 1
+
+
+def test_hints_are_coalesced_and_bounded() -> None:
+    bench = Bench()
+    for _ in range(1000):
+        bench.hints.mark(IMA)
+    for number in range(2 * MAX_MARKED):
+        bench.hints.mark(process_of(f"{number}"))
+    assert bench.sent == []
+    bench.until(lambda: bool(bench.sent))
+    assert len(bench.sent) == MAX_MARKED
+    bench.hints.mark(IMA)
+    bench.until(lambda: len(bench.sent) == MAX_MARKED + 1)
+    assert bench.sent[-1][0] - bench.sent[0][0] >= COALESCE_S
+
+
+def test_the_count_of_the_ima_log(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    count.write_text("7\n")
+    bench = Bench(count=count)
+    bench.turn(0.3)
+    assert bench.sent == []
+    count.write_text("8\n")
+    bench.until(lambda: bench.components == {IMA})
+    bench.sent.clear()
+    count.write_text("rubbish")
+    bench.turn(0.3)
+    assert bench.sent == []
+    bench.hints.close()
+
+
+def test_domain_events() -> None:
+    class Domains(Scripted):
+        def take(self) -> list[str]:
+            os.eventfd_read(self.event)
+            return [VM, ""]
+
+    bench = Bench(domains=Domains())
+    bench.until(lambda: bench.components == {GUESTS, domain_of(VM)})
+
+
+MESSAGES: list[tuple[dict[str, object], list[Event]]] = [
+    ({"event": "PROC_EVENT_EXEC", "process_pid": 7, "process_tgid": 7}, [Event("exec", 7)]),
+    ({"event": "PROC_EVENT_EXIT", "process_pid": 7, "process_tgid": 7}, [Event("exit", 7)]),
+    ({"event": "PROC_EVENT_EXIT", "process_pid": 8, "process_tgid": 7}, []),
+    (
+        {"event": "PROC_EVENT_PTRACE", "process_pid": 8, "process_tgid": 7, "tracer_pid": 1},
+        [Event("ptrace", 7)],
+    ),
+    ({"event": "PROC_EVENT_FORK", "parent_pid": 7, "parent_tgid": 7, "child_tgid": 7}, []),
+    ({"event": "PROC_EVENT_FORK", "parent_pid": 7, "parent_tgid": 7, "child_tgid": 9}, [Event("fork", 7)]),
+    ({"event": "PROC_EVENT_COMM", "process_pid": 7, "process_tgid": 7}, []),
+    ({"event": "UNDEFINED"}, []),
+    ({"event": "PROC_EVENT_EXEC"}, []),
+    ({}, []),
+]
+
+
+@pytest.mark.parametrize(("message", "expected"), MESSAGES, ids=str)
+def test_which_events_matter(message: dict[str, object], expected: list[Event]) -> None:
+    assert list(events_in([message])) == expected
+
+
+def test_pyroute2_missing_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyroute2.netlink.connector.cn_proc", None)
+    with pytest.raises(EventsError, match="pyroute2"):
+        events.ProcessEvents()

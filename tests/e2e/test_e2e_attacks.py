@@ -190,7 +190,7 @@ def make_constants_writable(scene: Native) -> Staged:
 
 def hook_writev(scene: Native) -> Staged:
     tamper.hook(scene.pid, "qemu-under-test", "writev")
-    return Staged((Sign(RELOCATED, ("relro-altered",), ("writev",)),))
+    return Staged((Sign(RELOCATED, ("got-altered",), ("writev",)),))
 
 
 def become_another(scene: Native) -> Staged:

@@ -149,3 +149,34 @@ def test_no_environment_variable_has_a_say() -> None:
     source = Path(config.__file__).read_text()
     assert "os.environ" not in source
     assert "getenv" not in source
+
+
+ED = "AAAAC3NzaC1lZDI1NTE5AAAAI"
+ALICE = f"ssh-ed25519 {ED}{'A' * 43} alice"
+BOB = f"ssh-ed25519 {ED}{'B' * 43} bob"
+
+
+def officers(*lines: str, more: str = "") -> str:
+    return f"[officers]\nkeys = [{', '.join(repr(line) for line in lines)}]\n{more}"
+
+
+def test_officers() -> None:
+    parsed = parse(officers(ALICE, BOB, more="quorum = 2")).officers
+    assert [key.name for key in parsed.public_keys] == ["alice", "bob"]
+    assert parsed.quorum == 2
+    for text, reason in (
+        (officers("ssh-ed25519 x alice"), "not base64"),
+        (officers(ALICE.removesuffix(" alice")), "type base64 name"),
+        (officers(ALICE, ALICE.replace("alice", "other")), "alice and other are the same key"),
+        (officers(ALICE, BOB.replace("bob", "alice")), "two keys of the name alice"),
+        (officers(ALICE, more="quorum = 2"), "quorum` is 2, there are 1 keys"),
+        (officers(ALICE, more="quorum = 0"), "quorum"),
+        (officers(ALICE, more="quorums = 1"), "quorums"),
+    ):
+        assert reason in refused(text)
+
+
+def test_somebody_must_be_able_to_sign() -> None:
+    parse(officers(ALICE)).require_officers()
+    with pytest.raises(ConfigError, match=r"hostd setup --officer FILE\.pub"):
+        parse("").require_officers()

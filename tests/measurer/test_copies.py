@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -86,16 +87,25 @@ def test_first_difference(expected: bytes, seen: bytes) -> None:
 
 def test_lane() -> None:
     lane = Lane()
-    lane.start(threading.get_ident)
-    other = lane.result()
+
+    def identity() -> int:
+        """Which thread runs; the caller gives the other one time to begin."""
+        lane.start(threading.get_ident)
+        time.sleep(0.2)
+        ident: int = lane.result()
+        return ident
+
+    other = identity()
     assert other != threading.get_ident()
     lane.start(lambda a, b: a + b, 2, 3)
     assert lane.result() == 5
     lane.start(int, "x")
     with pytest.raises(ValueError, match="invalid literal"):
         lane.result()
-    lane.start(threading.get_ident)
-    assert lane.result() == other
+    lane.start([].pop)
+    with pytest.raises(IndexError):
+        lane.result()
+    assert identity() == other
     # A thread does not survive fork: the child gets one of its own.
     child = os.fork()
     if not child:
@@ -106,8 +116,15 @@ def test_lane() -> None:
         finally:
             os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
-    lane.start(threading.get_ident)
-    assert lane.result() == other
+    assert identity() == other
+    # What the lane has not begun is done by whoever wants it.
+    busy = threading.Event()
+    lane.start(busy.wait, 5)
+    time.sleep(0.1)
+    lane._job = [(threading.get_ident, ())]
+    assert lane.result() == threading.get_ident()
+    busy.set()
+    assert lane.result() is True
     lane.close()
     lane.start(lambda: 8)
     assert lane.result() == 8

@@ -11,9 +11,11 @@ import msgspec
 
 from hostd.admin.link import Link, plain
 from hostd.admin.render import safe
+from hostd.config import load_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from pathlib import Path
 
     from rich.console import Console
 
@@ -28,9 +30,18 @@ LONG_S: Final = 900.0
 class Context:
     """One run of hostctl."""
 
-    def __init__(self, config: Config, as_json: bool) -> None:
-        self.config = config
+    def __init__(self, config_path: Path, as_json: bool) -> None:
+        self._config_path = config_path
         self.as_json = as_json
+
+    @cached_property
+    def config(self) -> Config:
+        """Read when a command needs it: an officer signs where there is no hostd.
+
+        Raises:
+            ConfigError: it cannot be used.
+        """
+        return load_config(self._config_path)
 
     @cached_property
     def out(self) -> Console:

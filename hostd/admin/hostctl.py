@@ -17,7 +17,7 @@ from hostd.admin.context import LONG_S, Context, made
 from hostd.admin.manifest import manifest
 from hostd.admin.measure import COLUMNS, explanation, rows
 from hostd.admin.render import drift_lines, ledger_lines, safe
-from hostd.config import DEFAULT_PATH, ConfigError, load_config
+from hostd.config import DEFAULT_PATH, ConfigError
 from hostd.ipc import operating as adm
 
 _HINTS: tuple[tuple[type[HostdError], str], ...] = (
@@ -42,7 +42,7 @@ def _status(line: adm.ComponentLine | adm.VmInfo) -> str:
 @click.pass_context
 def cli(context: click.Context, config: Path, as_json: bool) -> None:
     """Operate hostd on this host."""
-    context.obj = Context(load_config(config), as_json)
+    context.obj = Context(config, as_json)
 
 
 @cli.command()

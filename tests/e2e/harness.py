@@ -266,9 +266,12 @@ class Host:
     def wait_open(self, seconds: float = READY_S) -> adm.StatusReport:
         return until(lambda: (s := self.status()) and s.gate == "open" and s, "the gate is open", seconds)
 
-    def hostctl(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def hostctl(
+        self, *arguments: str, check: bool = True, given: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "hostd.admin.hostctl", "--config", str(self.config_path), *arguments],
+            input=given,
             capture_output=True,
             text=True,
             timeout=60,

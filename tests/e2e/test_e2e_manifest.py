@@ -4,22 +4,29 @@ refused."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import stat
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from hostd.config import load_config
 from hostd.core.manifest import checked
 from hostd.core.reference import Reference, encode_reference, parse_reference
+from hostd.platform import program
 from tests.e2e.harness import VM, Host, Settings, adopted, machine, prepared, until
-from tests.support import qemu
+from tests.support import officers, qemu
+from tests.support.deb import deb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = [pytest.mark.slow, pytest.mark.qemu]
 OTHER_VM = "6f1c1a52-4f0e-4a0c-9a55-3d2f5b7a0002"
@@ -221,6 +228,92 @@ def test_no_officers_no_start(binary: Path) -> None:
         assert "officer (SHA256:" in done.stdout
         host.start()
         host.stop()
+
+
+def test_a_development_configuration_comes_with_an_officer(tmp_path: Path) -> None:
+    config = tmp_path / "hostd.toml"
+    argv = ["--config", str(config), "setup", "--write-config"]
+    argv += ["--state-dir", str(tmp_path / "state"), "--run-dir", str(tmp_path / "run")]
+    for _ in range(2):
+        done = subprocess.run(program.command(*argv), capture_output=True, text=True, timeout=60, check=True)
+    assert "made" not in done.stdout
+    key = tmp_path / "officer"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert load_config(config).officers.keys == (key.with_suffix(".pub").read_text().strip(),)
+    other = officers.make(tmp_path, "other").path.with_suffix(".pub")
+    argv = ["--config", str(config), "setup", "--officer", str(other)]
+    refused = subprocess.run(program.command(*argv), capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode != 0
+    assert "names other officers already" in refused.stderr
+
+
+def test_an_officer_signs_where_there_is_no_hostd(council: Host, tmp_path: Path) -> None:
+    path = successor(council, "away.json")
+    argv = [sys.executable, "-m", "hostd.admin.hostctl", "--config", str(tmp_path / "none.toml")]
+    done = subprocess.run(
+        [*argv, "manifest", "sign", str(path), "-k", str(council.officer("bob").path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    council.hostctl("manifest", "sign", str(path), "-k", str(council.officer("carol").path))
+    assert ctl(council, "verify", path)["signed_by"] == ["bob", "carol"]
+
+
+# ── Packages ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb")
+def test_apt_proposes_and_never_fails(council: Host, tmp_path: Path) -> None:
+    package = deb(tmp_path)
+    row = f"hostd-test-package - - none < 1:2.0-1 amd64 none {package}"
+    told = f"VERSION 3\nAPT::Architecture=amd64\n\n{row}\n"
+    done = council.hostctl("manifest", "propose", "--apt", given=told)
+    (proposal,) = (council.state / "proposals").glob("*.json")
+    assert "4 files of 1 packages are not in the manifest in force" in done.stderr
+    assert f"hostctl manifest sign {proposal} -k KEY" in done.stderr
+    assert f"hostctl manifest install {proposal}" in done.stderr
+    assert stat.S_IMODE(proposal.parent.stat().st_mode) == 0o700
+    for name in ("alice", "bob"):
+        council.hostctl("manifest", "sign", str(proposal), "-k", str(council.officer(name).path))
+    council.hostctl("manifest", "install", str(proposal))
+    assert "/usr/bin/tool" in {line["path"] for line in in_force(council)["next"]}
+    # Nothing is left to propose.
+    again = council.hostctl("manifest", "propose", "--apt", given=told)
+    assert "knows these packages" in again.stderr
+    for wrong in ("", "VERSION 3\n", "VERSION 3\n\nx 1 < 2 /tmp/no-such.deb\n"):
+        assert council.hostctl("manifest", "propose", "--apt", given=wrong).returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb")
+def test_apt_goes_on_without_a_vault(binary: Path, tmp_path: Path) -> None:
+    with prepared(binary) as host:
+        told = f"VERSION 3\n\nx 1 < 2 {deb(tmp_path)}\n"
+        done = host.hostctl("manifest", "propose", "--apt", given=told)
+        assert "no manifest was proposed" in done.stderr
+
+
+def test_from_the_packages_of_this_machine(council: Host) -> None:
+    """Digests by the package manager, and the same as on the disk."""
+    if not Path("/var/lib/dpkg/info/dpkg.md5sums").exists():
+        pytest.skip("no dpkg")
+    path = council.directory / "packages.json"
+    made = ctl(council, "from-packages", "dpkg", "libc6", "-o", path)
+    assert made["files"] > 20
+    reference = parse_reference(path.read_bytes())
+    digest = hashlib.sha256(Path("/usr/bin/dpkg").read_bytes()).hexdigest()
+    assert reference.expected("/usr/bin/dpkg") == (digest,)
+    assert {source.name for source in reference.sources} == {"dpkg", "libc6"}
+    # With the rules of the host it becomes a manifest that can be in force.
+    host = council.directory / "host.json"
+    council.hostctl("manifest", "show", "-o", str(host))
+    into = council.directory / "into.json"
+    ctl(council, "from-packages", "dpkg", "--into", host, "-o", into)
+    both = parse_reference(into.read_bytes())
+    assert both.posture is not None
+    assert both.expected("/usr/bin/dpkg") == (digest,)
 
 
 # ── Updates ───────────────────────────────────────────────────────────────────────────────────────

@@ -90,6 +90,9 @@ class Measure(Section, frozen=True):
     """For one reading; over it its component is not good."""
     sweep_s: Positive = 5.0
     """Every component and every VM is read at least this often, busy or idle."""
+    random_s: Positive = 1.0
+    """Mean time between readings at random moments, of a component chosen at random, that nobody waits for. A
+    reading takes some 2 ms on average: 0.2 % of one core."""
     protected: tuple[str, ...] = ("/usr/", "/opt/hostd/")
     """Path prefixes whose IMA entries must have a digest of the manifest."""
     survey: tuple[str, ...] = ("/usr/bin/", "/usr/sbin/", "/usr/lib/", "/usr/libexec/", "/opt/hostd/")
@@ -103,6 +106,9 @@ class Gate(Section, frozen=True):
     """Requests of one caller that may wait; over it: `overloaded`, at once."""
     batch: Small = 1024
     """Most requests executed under one pass and one quote."""
+    freeze: Literal["never", "on-suspicion", "always"] = "never"
+    """Whether a hypervisor process stands still while its `process` and `relro` are read: `always`, or when a
+    difference that was seen is read again. Some milliseconds each time (docs/operations.md)."""
 
 
 class Drift(Section, frozen=True):

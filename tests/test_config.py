@@ -59,6 +59,8 @@ def test_an_unknown_section_is_named() -> None:
         ("[gate]\ndeadline_s = inf", "$.gate.deadline_s"),
         ("[measure]\ndeadline_s = nan", "$.measure.deadline_s"),
         ("[measure]\nsweep_s = inf", "$.measure.sweep_s"),
+        ("[measure]\nrandom_s = 0", "$.measure.random_s"),
+        ('[gate]\nfreeze = "sometimes"', "$.gate.freeze"),
         ('[measure]\nrequire = ["guests"]', "$.measure.require"),
         ('[measure]\nrequire = "ima"', "$.measure.require"),
         ('[measure]\nprotected = "/usr/"', "$.measure.protected"),

@@ -71,7 +71,12 @@ class CountersEndpoint:
         counters.gauge("hostd_hypervisors", len(gate.hypervisors))
         counters.gauge("hostd_ledger_entries", vault.ledger.size)
         counters.gauge("hostd_ledger_bytes", vault.ledger.bytes)
-        for name in ("hostd_component_age_seconds", "hostd_component_good", "hostd_keys"):
+        for name in (
+            "hostd_component_age_seconds",
+            "hostd_component_good",
+            "hostd_component_good_age_seconds",
+            "hostd_keys",
+        ):
             counters.forget_gauges(name)
         ages: dict[Kind, float] = {}
         good: dict[Kind, bool] = {}
@@ -83,5 +88,10 @@ class CountersEndpoint:
         for kind, age in ages.items():
             counters.gauge("hostd_component_age_seconds", age, kind=str(kind))
             counters.gauge("hostd_component_good", float(good[kind]), kind=str(kind))
+        since: dict[Kind, int] = {}
+        for component, started in gate.last_good.items():
+            since[component.kind] = min(since.get(component.kind, started), started)
+        for kind, started in since.items():
+            counters.gauge("hostd_component_good_age_seconds", (now - started) / 1e9, kind=str(kind))
         for state, count in vault.store.key_counts().items():
             counters.gauge("hostd_keys", count, state=state)

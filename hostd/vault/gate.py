@@ -79,6 +79,8 @@ class Gate:
         self._per_caller = waiting_per_caller
         self._batch = batch
         self._stamps: dict[Component, Stamp] = {}
+        self.last_good: dict[Component, int] = {}
+        """When the latest good reading of a component started, whatever came after. For people."""
         self._latched: dict[Component, tuple[Finding, ...]] = {}
         self._queues: dict[Caller, _Queue] = {}
         self._turn: deque[Caller] = deque()
@@ -308,6 +310,8 @@ class Gate:
         gone |= {c.vm for c in self._stamps if c.vm and c.vm not in self._hypervisors}
         for component in [c for c in self._stamps if c.vm in gone]:
             del self._stamps[component]
+        for component in [c for c in self.last_good if c.vm in gone]:
+            del self.last_good[component]
         self._known = HOST_COMPONENTS.union(*map(_of_vm, self._hypervisors))
         self.ring.exist(self._known, anew={c for c in self._known if c.vm in gone})
 
@@ -324,6 +328,8 @@ class Gate:
         self._readings += 1
         self._stamps[component] = Stamp(self._readings, started, ended, verdict.status)
         self.ring.judged(component, pending=verdict.status is Status.PENDING)
+        if verdict.good:
+            self.last_good[component] = started
         if verdict.status is Status.DRIFTED:
             return self.latch(component, verdict.findings)
         if verdict.status is Status.ABSENT and not self.acceptable(component, verdict.status):

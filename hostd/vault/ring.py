@@ -17,8 +17,9 @@ from hostd.core.findings import Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
+    from random import Random
 
-    from hostd.core.findings import Component
+    from hostd.core.findings import Component, Kind
     from hostd.vault.waiting import Stamp
 
 PENDING_PAUSE_NS: Final = 10_000_000
@@ -34,6 +35,14 @@ PENDING_SHARE: Final = 16
 EARLY: Final = 8
 """On an idle host the sweep asks when this part of its time is left, so that it has read within it. While
 somebody waits it begins at half of its time."""
+
+
+def draw(known: Iterable[Component], chance: Random) -> Component:
+    """A component by lot: first a kind, so that the host's are not lost among those of many VMs."""
+    by_kind: dict[Kind, list[Component]] = {}
+    for component in sorted(known):
+        by_kind.setdefault(component.kind, []).append(component)
+    return chance.choice(by_kind[chance.choice(sorted(by_kind))])
 
 
 class Ring:

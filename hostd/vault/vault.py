@@ -11,6 +11,7 @@ and the measurer is connected, and even then only for requests whose own reading
 from __future__ import annotations
 
 import time
+from random import SystemRandom
 from typing import TYPE_CHECKING, Final
 
 from guestlib.errors import DeniedError, HostdError
@@ -32,7 +33,7 @@ from hostd.vault.measuring import Measuring
 from hostd.vault.membership import Membership
 from hostd.vault.mint import Mint
 from hostd.vault.refusals import WINDOW_S, Refusals
-from hostd.vault.ring import PENDING_PAUSE_NS
+from hostd.vault.ring import PENDING_PAUSE_NS, draw
 from hostd.vault.service import Service
 from hostd.vault.store import Store
 from hostd.vault.tpmlink import TpmLink
@@ -144,6 +145,8 @@ class Vault:
         self.custody.unseal()
         loop.every(TICK_S, self.kick)
         loop.every(WINDOW_S, self.refusals.close_window)
+        self._chance = SystemRandom()
+        self._await_chance()
 
     # ── Small helpers ─────────────────────────────────────────────────────────────────────────────
 
@@ -232,7 +235,8 @@ class Vault:
         self.counters.observe("hostd_reading_seconds", cost_ns / 1e9, kind=kind)
         if verdict.component == GUESTS and isinstance(reading, GuestsReading):
             self.gate.guests(h for h in reading.hypervisors if h.vm)
-            for component in self.last.keys() - self.gate.known:
+            # Also of a VM that was started again: what was read was of another process.
+            for component in [c for c in self.last if c.vm and c not in self.gate.stamps]:
                 del self.last[component]
             self.broker.close_gone(self.gate.hypervisors)
         if verdict.component in self.gate.known:
@@ -250,8 +254,21 @@ class Vault:
         self.kick()
 
     def on_hint(self, component: Component) -> None:
+        self.counters.count("hostd_hints_total", kind=str(component.kind))
         self.gate.hint(component)
-        self.kick()
+        self._read()
+
+    def _read_at_random(self) -> None:
+        """Has a component read that nobody waits for, and draws the moment of the next."""
+        component = draw(self.gate.known, self._chance)
+        self.counters.count("hostd_random_readings_total", kind=str(component.kind))
+        self.gate.hint(component)
+        self._read()
+        self._await_chance()
+
+    def _await_chance(self) -> None:
+        gap = self._chance.expovariate(1 / self.config.measure.random_s)
+        self.loop.call_after(gap, self._read_at_random)
 
     def _refuse(self, refused: list[Refused]) -> None:
         for one in refused:

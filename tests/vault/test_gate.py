@@ -8,6 +8,7 @@ from guestlib.errors import DeadlineError, OverloadedError, RefusedDriftError, U
 from hostd.core.callers import Caller
 from hostd.core.findings import (
     BOOT,
+    FILES,
     GUESTS,
     IMA,
     POSTURE,
@@ -430,3 +431,13 @@ def test_observers_are_bounded_by_caller() -> None:
     with pytest.raises(OverloadedError):
         gate.observe(request(A, arrived=10))
     gate.observe(request(B, arrived=10))
+
+
+def test_the_last_good_reading_is_remembered_whatever_came_after() -> None:
+    gate = make_gate()
+    read_all(gate, at=10)
+    read(gate, IMA, PROCESS_A, at=20, status=Status.PENDING)
+    read(gate, FILES, at=30)
+    assert (gate.last_good[IMA], gate.last_good[PROCESS_A], gate.last_good[FILES]) == (10, 10, 30)
+    gate.guests([hypervisor(VM_B)])
+    assert PROCESS_A not in gate.last_good

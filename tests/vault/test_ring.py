@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from random import Random
 
 import pytest
 
@@ -21,7 +22,7 @@ from hostd.core.findings import (
     relro_of,
 )
 from hostd.vault.gate import Gate
-from hostd.vault.ring import EARLY, HINT_PAUSE_NS, PENDING_PAUSE_NS, PENDING_SHARE, SHARE
+from hostd.vault.ring import EARLY, HINT_PAUSE_NS, PENDING_PAUSE_NS, PENDING_SHARE, SHARE, draw
 from tests.vault.support_gate import (
     HOST,
     OFFICER,
@@ -272,3 +273,18 @@ def test_hints_do_not_starve_those_who_wait() -> None:
         taken(gate, now)
     assert served >= (SHARE - 1) * hinted
     assert hinted > 0
+
+
+# ── By lot ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_component_is_drawn_and_every_kind_alike() -> None:
+    gate = make_gate(vms=tuple(f"{n:08x}-0000-4000-8000-00000000000a" for n in range(30)))
+    chance = Random(7)
+    drawn = Counter(draw(gate.known, chance) for _ in range(20_000))
+    assert set(drawn) == gate.known
+    kinds: Counter[str] = Counter()
+    for component, times in drawn.items():
+        kinds[component.kind] += times
+    assert len(kinds) == 10
+    assert max(kinds.values()) < 1.2 * min(kinds.values())

@@ -7,6 +7,7 @@ outside too. Under emulation the processor goes on running what it has translate
 from __future__ import annotations
 
 import json
+import mmap
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,6 +41,7 @@ for line in open("/proc/iomem"):
         found["Kernel code"] = int(line.split("-")[0], 16)
 print(json.dumps(found))
 """
+_FIVE_LEVELS: Final = "grep -qw la57 /proc/cpuinfo"  # the kernel hides the flag where it does not use it
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +114,14 @@ def _place(physical: int) -> int:
     return physical - _HIGH + _LOW_END
 
 
-def _physical(host: LabHost, ram: object, address: int) -> int:
-    """Walks the kernel's own page tables (four levels; L1 has no more)."""
+def _physical(host: LabHost, ram: mmap.mmap, address: int) -> int:
+    """Walks the kernel's own page tables (Intel SDM vol. 3, 4.5)."""
     known = symbols(host, "_text", "init_top_pgt")
     table = known["init_top_pgt"] - known["_text"] + known["Kernel code"]
-    for shift in (39, 30, 21, 12):
+    five = host.run(_FIVE_LEVELS, check=False).rc == 0
+    for shift in (48, 39, 30, 21, 12)[not five :]:
         place = _place(table) + (address >> shift & 511) * 8
-        entry = int.from_bytes(ram[place : place + 8], "little")  # type: ignore[index]
+        entry = int.from_bytes(ram[place : place + 8], "little")
         if not entry & _PRESENT:
             raise LookupError(f"{address:#x} is not mapped")
         table = entry & _ADDRESS

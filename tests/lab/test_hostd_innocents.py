@@ -26,6 +26,10 @@ VISITOR = """\
 <devices><emulator>/usr/bin/qemu-system-x86_64</emulator><controller type='usb' model='none'/>
 <memballoon model='none'/></devices></domain>
 """
+PACKAGED = (
+    *("/usr/bin/qemu-system-x86_64", "/usr/lib/x86_64-linux-gnu/libpixman-1.so.0"),
+    *("/usr/share/seabios/bios-256k.bin", "/usr/share/seabios/vgabios-stdvga.bin"),
+)
 BETWEEN_ANSWERS_S = 0.2
 
 
@@ -141,10 +145,17 @@ def _events(host: LabHost) -> Iterator[tuple[str, int, Callable[[], object]]]:
         10,
         shell("for i in $(seq 5); do rmmod vsock_loopback; modprobe vsock_loopback; done"),
     )
+    yield "file of QEMU's packages installed again", len(PACKAGED), shell(_REINSTALL)
     yield "libvirtd restarted", 1, shell("systemctl restart libvirtd")
     yield "machine of libvirt started and stopped", VISITORS, _visitors(host)
 
 
+# As dpkg does: a new file beside the old one, then renamed over it, while machines run on the old one.
+_REINSTALL = f"""
+for name in {" ".join(PACKAGED)}; do
+  file=$(readlink -f $name) && cp -p $file $file.dpkg-new && mv $file.dpkg-new $file || exit 1
+done
+"""
 _RECLAIM = """
 for group in $(find /sys/fs/cgroup/machine.slice -name memory.reclaim | grep emulator -v | head -2); do
   echo 64M > $group || true

@@ -376,7 +376,7 @@ def test_an_update_while_a_machine_runs(tmp_path_factory: pytest.TempPathFactory
             assert ", retired on 20" in finding["seen"]
 
         # So is a machine that starts on the old build from now on.
-        shutil.copy2(old_build, binary)
+        old_build.rename(binary)
         with machine(binary, vm=THIRD_VM):
             until(lambda: f"process:{THIRD_VM}" in host.drift(), "the old build is refused again")
             assert host.drift()[f"process:{THIRD_VM}"][0]["code"] == "file-retired"

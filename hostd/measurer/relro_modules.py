@@ -7,6 +7,7 @@ What was parsed (8 MB for QEMU's 52 files) is kept while it is used and dropped 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import mmap
 import os
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from hostd.measurer.files import File, Registry
     from hostd.platform.procfs import ProcessHandle, Vma
 
+_libc: Final = ctypes.CDLL(None)
 KEEP_S: Final = 60.0
 MAX_MODULES: Final = 512
 VDSO: Final = "[vdso]"
@@ -66,6 +68,7 @@ class Modules:
             self._modules.clear()
             self._refused.clear()
             self._linkings.clear()
+            _libc.malloc_trim(0)
 
     # ── Where files are loaded ────────────────────────────────────────────────────────────────────
 
@@ -138,7 +141,8 @@ class Modules:
                 uncovered.append(f"{file.path}: mapped as code at {stray[0].start:#x}, not as it is linked")
         vdso = next(((v.start, v.end) for v in vmas if v.name == VDSO and not v.inode), None)
         execs = tuple((v.start, v.end) for v in vmas if v.protection & EXEC)
-        return Shape(tuple(loaded), tuple(uncovered), vdso, execs)
+        # By number: addresses are random, and processes with the same files are to share a linking.
+        return Shape(tuple(sorted(loaded)), tuple(uncovered), vdso, execs)
 
     # ── Linking ───────────────────────────────────────────────────────────────────────────────────
 

@@ -110,7 +110,7 @@ class Appraiser:
             case Kind.DOMAIN, DomainReading():
                 return self._domains.appraise(component, reading, self.reference)
             case Kind.SELF, SelfReading():
-                return self._self.appraise(component, reading, self.reference)
+                return self._self.appraise(component, reading, self.reference, self.files)
         return Verdict(component, Status.PENDING)
 
     def learn(self, number: int, reading: FileIdentity | Missing) -> None:

@@ -1,7 +1,8 @@
 """Which files on a disk hold code, as far as reference values are concerned (pure).
 
 A regular file does if it has an execute bit, or if its name says what runs without one: shared objects,
-kernel modules, Python, and the firmware and option ROMs that QEMU loads.
+kernel modules, Python (and what tells it where to look for more), and the firmware and option ROMs that
+QEMU loads.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from typing import Final
 
 _CODE: Final = re.compile(
-    rb".*(\.so(\.[0-9.]+)?|\.ko(\.(xz|zst|gz))?|\.py|\.pyc|\.bin|\.rom|\.fd)", re.DOTALL
+    rb".*(\.so(\.[0-9.]+)?|\.ko(\.(xz|zst|gz))?|\.py|\.pyc|\.pth|\.bin|\.rom|\.fd)|pyvenv\.cfg", re.DOTALL
 )
 EXECUTE_BITS: Final = 0o111
 

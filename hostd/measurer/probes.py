@@ -55,7 +55,7 @@ class Measurer:
         self._kernel: KernelProbe | None = None
         self._relro = RelroProbe(self.registry, tagger)
         self._domain = DomainProbe(self.guests)
-        self._self = SelfProbe(config, self.registry, self.processes)
+        self._self = SelfProbe(self.registry, self.processes)
         self.guests.look()
 
     def answer(self, request: Ask | AskFile | AskWho) -> Reading:
@@ -98,7 +98,7 @@ class Measurer:
             return Missing(str(error)[:512], absent=False)
 
     def _forget(self) -> None:
-        alive = self.guests.alive()
+        alive = self.guests.alive() | self._self.alive()
         self.registry.release_ended(alive, time.monotonic())
         self.processes.forget_ended(alive)
         self._relro.forget_ended(alive)
@@ -126,6 +126,7 @@ class Measurer:
         return self.processes.read(fresh.hypervisor, fresh.found.handle)
 
     def _read_files(self) -> FilesReading:
+        self._self.enroll()
         for guest in self.guests.guests:
             if not self.registry.claimed(guest.found.key):
                 try:

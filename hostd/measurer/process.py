@@ -200,12 +200,13 @@ class ProcessProbe:
         ranges: set[Range] = set()
         runs: list[Run] = []
         of_interest = {(vma.device, vma.inode) for vma in mapped.vmas if vma.inode and _may_hold_code(vma)}
+        own = handle.pid == os.getpid()
         for vma in mapped.vmas:
             named = (vma.device, vma.inode) in of_interest
             if vma.inode and not named:
                 continue
             file = self._registry.resolve(handle, vma) if named else None
-            if not _kept(vma, file):
+            if not _kept(vma, file) or (own and _is_ours(vma, file)):
                 continue
             if len(mappings) == MAX_MAPPINGS:
                 raise TooMuchError(f"over {MAX_MAPPINGS} mappings of code and constants")
@@ -372,6 +373,11 @@ def _kept(vma: Vma, file: File | None) -> bool:
         and file.layout is not None
         and file.layout.constant(vma.offset, vma.end - vma.start)
     )
+
+
+def _is_ours(vma: Vma, file: File | None) -> bool:
+    """In the measurer itself: the registry's own mapping of a file, which nobody executes."""
+    return file is not None and file.own is not None and vma.start == file.own.address
 
 
 def _same_program(before: Stat, after: Stat) -> None:

@@ -1,7 +1,8 @@
 """Digests of everything on disk that may hold code, for making reference values.
 
 `hostd.core.codefile` says which those are. Symbolic links are not followed and other filesystems not kept
-out; a file with several names is hashed once and listed under each.
+out; a file with several names is hashed once and listed under each. A survey of hostd's own installation
+folder has hostd's files elsewhere too, whatever they hold (`hostd.core.ownfiles`).
 The walk is cut into steps of some milliseconds, so that readings go on meanwhile.
 
 Needs CAP_DAC_READ_SEARCH.
@@ -15,6 +16,8 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from hostd.core.codefile import holds_code
+from hostd.core.ownfiles import DROP_INS, OWN_PATHS
+from hostd.measurer.own_files import installation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -69,16 +72,29 @@ def _files(prefixes: Sequence[str]) -> Iterator[tuple[bytes, os.stat_result | No
                     continue
                 seen.add(path)
                 yield path, _taken(path, name)
+    if any(root.startswith(prefix) for root in installation() for prefix in prefixes):
+        for path in _own():
+            if path not in seen:
+                seen.add(path)
+                yield path, _taken(path, None)
 
 
-def _taken(path: bytes, name: bytes) -> os.stat_result | None:
+def _own() -> Iterator[bytes]:
+    yield from map(os.fsencode, OWN_PATHS)
+    for folder in DROP_INS:
+        for directory, _, names in os.walk(os.fsencode(folder)):
+            yield from (os.path.join(directory, name) for name in names)
+
+
+def _taken(path: bytes, name: bytes | None) -> os.stat_result | None:
+    """The file, if it is a regular one that holds code, or any regular one without a name to go by."""
     try:
         info = os.lstat(path)
     except OSError:
         return None
     if not stat.S_ISREG(info.st_mode):
         return None
-    return info if holds_code(name, info.st_mode) else None
+    return info if name is None or holds_code(name, info.st_mode) else None
 
 
 def _chunks(path: bytes) -> Iterator[bytes]:

@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     setup.add_argument("--quorum", type=int, default=1, metavar="K", help="how many officers must sign")
     commands.add_parser("mint")
+    commands.add_parser("thaw", help="thaw what a measurer that was killed left frozen (started by systemd)")
     commands.add_parser("kernel-images").add_argument("names", nargs="+")
     return parser
 
@@ -99,6 +100,8 @@ def _run(arguments: argparse.Namespace) -> None:
             from hostd.vault.main import run
         case "measurer":
             from hostd.measurer.main import run
+        case "thaw":
+            from hostd.measurer.main import thaw as run
         case "gateway":
             from hostd.gateway.main import run
         case "metrics":

@@ -74,6 +74,8 @@ class Answer(Struct, frozen=True, tag="answer"):
     seq: SequenceNumber
     reading: Reading
     cost_ns: Count
+    freeze: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """Under `gate.freeze`: whether the VM stood still for this reading. Empty: nobody tried."""
 
 
 class Hint(Struct, frozen=True, tag="hint"):

@@ -1,7 +1,7 @@
 """The measurer role: reads the host, and tells the vault what it saw.
 
 It holds no secret but the key of its own tags, decides nothing, and has no network. It needs
-CAP_SYS_PTRACE, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH (each probe's module says for what).
+CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH and more (each probe's module says for what).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from hostd.ipc.loop import Loop
 from hostd.measurer.apart import Apart
 from hostd.measurer.domain_events import DomainEvents
 from hostd.measurer.files import MAX_FILES
-from hostd.measurer.hints import Hints, process_events
+from hostd.measurer.freezer import thaw_left
+from hostd.measurer.hints import Hints, process_events, say
 from hostd.measurer.kernel import KernelProbe
 from hostd.measurer.probes import Measurer
 from hostd.measurer.server import Server, listen
@@ -44,6 +45,8 @@ def run(config: Config) -> None:
     uid = config.uid_of("vault")
     loop = Loop()
     loop.stop_on_signals()
+    if left := thaw_left(config.run):
+        say(f"thawed {left}, which a measurer before this one had frozen")
     measurer = Measurer(config)
     listener = listen(config.run / SOCKET_NAME, uid)
     kernel = Apart(lambda: KernelProbe(config))
@@ -68,6 +71,11 @@ def run(config: Config) -> None:
         kernel.close()
         measurer.close()
         listener.close()
+
+
+def thaw(config: Config) -> None:
+    """After the end of the role: no VM stays frozen because of it."""
+    thaw_left(config.run)
 
 
 def _keep_watchdog(loop: Loop, kernel: Apart) -> None:

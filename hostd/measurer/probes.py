@@ -16,6 +16,7 @@ from hostd.measurer.boot import BootProbe
 from hostd.measurer.contents import ContentsProbe
 from hostd.measurer.domain import DomainProbe
 from hostd.measurer.files import Registry, TooMuchError
+from hostd.measurer.freezer import Freezer
 from hostd.measurer.guests import Guest, GuestsProbe
 from hostd.measurer.ima import ImaProbe
 from hostd.measurer.itself import SelfProbe
@@ -29,6 +30,8 @@ from hostd.platform.pages import OwnPages
 from hostd.platform.procfs import MalformedProcError, ProcessGoneError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hostd.config import Config
     from hostd.core.readings import FileIdentity, FilesReading, ProcessReading, Reading
 
@@ -42,6 +45,9 @@ class Measurer:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._freezer = Freezer(config.gate.freeze, config.run)
+        self.freeze = ""
+        """How freezing went in the last reading; empty if it was not tried."""
         pages = OwnPages()
         tagger = Tagger()
         self._lane = Lane()
@@ -62,6 +68,7 @@ class Measurer:
         """One reading. Takes about a millisecond; a file's identification takes more, and the server has it
         done in slices (`hostd.measurer.identify.Turns`), and the kernel in a thread (`hostd.measurer.apart`).
         """
+        self.freeze = ""
         try:
             match request:
                 case Ask(kind=Kind.GUESTS):
@@ -75,7 +82,8 @@ class Measurer:
                 case Ask(kind=Kind.FILES):
                     return self._read_files()
                 case Ask(kind=Kind.PROCESS):
-                    return self._read_process(self._named(vm=request.vm))
+                    guest = self._named(vm=request.vm)
+                    return self._still(guest, lambda: self._read_process(guest))
                 case Ask(kind=Kind.BOOT):
                     return self._boot.read(request.position)
                 case Ask(kind=Kind.KERNEL):
@@ -83,7 +91,8 @@ class Measurer:
                     return self._kernel.read(request.part)
                 case Ask(kind=Kind.RELRO):
                     guest = self._named(vm=request.vm)
-                    return self._relro.read(guest.hypervisor, guest.found.handle)
+                    handle = guest.found.handle
+                    return self._still(guest, lambda: self._relro.read(guest.hypervisor, handle))
                 case Ask(kind=Kind.DOMAIN):
                     return self._domain.read(self._named(vm=request.vm))
                 case Ask(kind=Kind.SELF):
@@ -96,6 +105,16 @@ class Measurer:
                     return Missing(f"{request.kind} is not read here", absent=False)
         except (ProcessGoneError, MalformedProcError, TooMuchError, PostureError, OSError) as error:
             return Missing(str(error)[:512], absent=False)
+
+    def _still(self, guest: Guest, read: Callable[[], Reading]) -> Reading:
+        """A reading of a VM's process, which stands still meanwhile if `gate.freeze` says so."""
+        freezer = self._freezer
+        if freezer.mode != "always":
+            reading = read()
+            if freezer.mode == "never" or not getattr(reading, "altered_total", 0):
+                return reading
+        with freezer.still(guest.found.handle) as self.freeze:
+            return read()
 
     def _forget(self) -> None:
         alive = self.guests.alive() | self._self.alive()
@@ -143,7 +162,7 @@ class Measurer:
             return Missing(str(error)[:512], absent=False)
 
     def close(self) -> None:
-        for probe in (self._ima, self._boot, self._relro, self._domain, self._self):
+        for probe in (self._posture, self._ima, self._boot, self._relro, self._domain, self._self):
             probe.close()
         if self._kernel is not None:
             self._kernel.close()

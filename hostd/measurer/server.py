@@ -222,7 +222,8 @@ class Server:
             request = self._waiting.popleft()
             started = time.monotonic_ns()
             reading = self._measurer.answer(request)
-            self._send(Answer(request.seq, reading, time.monotonic_ns() - started))
+            cost_ns = time.monotonic_ns() - started
+            self._send(Answer(request.seq, reading, cost_ns, self._measurer.freeze))
         began = time.monotonic()
         if self._slices_left and (not self._waiting or began >= self._slice_after):
             self._slice(began if self._waiting else began + SLICE_S)

@@ -11,6 +11,7 @@ the measurer is connected to again.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 from hostd.core.findings import KERNEL, Component, Kind, Status, Verdict
@@ -301,7 +302,7 @@ class Measuring:
             self._lose("the measurer answered what was not asked")
         else:
             self._asks.done(asked)
-            self._on_answer(asked, record.reading, record.cost_ns)
+            self._on_answer(asked, record)
 
     def _on_survey(self, asked: Asked, part: measuring.SurveyPart) -> None:
         if asked.survey is None:
@@ -315,9 +316,10 @@ class Measuring:
             self._asks.done(asked)
             asked.survey(asked.surveyed)
 
-    def _on_answer(self, asked: Asked, reading: Reading, cost_ns: int) -> None:
+    def _on_answer(self, asked: Asked, answer: measuring.Answer) -> None:
+        reading = answer.reading
         if asked.component is not None:
-            self._on_reading(asked, asked.component, reading, cost_ns)
+            self._on_reading(asked, asked.component, answer)
         elif asked.raw is not None:
             asked.raw(reading)
         elif isinstance(reading, FileIdentity | Missing):
@@ -328,7 +330,8 @@ class Measuring:
         else:
             self._lose("the measurer answered what was not asked")
 
-    def _on_reading(self, asked: Asked, component: Component, reading: Reading, cost_ns: int) -> None:
+    def _on_reading(self, asked: Asked, component: Component, answer: measuring.Answer) -> None:
+        reading = answer.reading
         if not isinstance(reading, EXPECTED[component.kind] | Missing):
             self._lose("the measurer answered what was not asked")
             return
@@ -337,6 +340,8 @@ class Measuring:
         if component.kind in (Kind.IMA, Kind.BOOT) and not self._log_attested:
             reading = Missing(reason="the kernel does not extend this TPM", absent=True)
         verdict = self.appraiser.appraise(component, reading)
+        if answer.freeze:
+            verdict = replace(verdict, claims=(*verdict.claims, ("freeze", answer.freeze)))
         if isinstance(reading, ImaReading) and reading.offset == len(self.ima_log):
             self.ima_log += reading.data
             if len(self.ima_log) > MAX_LOG_BYTES:
@@ -345,7 +350,7 @@ class Measuring:
         if isinstance(reading, ImaReading) and reading.more and verdict.status is not Status.DRIFTED:
             self._go_on(asked, component)
             return
-        cost_ns += asked.cost_ns
+        cost_ns = answer.cost_ns + asked.cost_ns
         if isinstance(reading, KernelReading) and verdict.status is not Status.DRIFTED:
             if reading.part != asked.part or reading.parts > MAX_PARTS:
                 self._lose("the measurer answered what was not asked")

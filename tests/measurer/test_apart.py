@@ -63,6 +63,8 @@ class SlowRegistry:
 
 
 class QuickMeasurer:
+    freeze = "frozen"
+
     def __init__(self) -> None:
         self.registry = SlowRegistry()
 
@@ -142,6 +144,7 @@ def test_others_are_answered_while_the_kernel_is_read(bench: Bench) -> None:
     bench.probe.let.set()
     bench.until(lambda: 1 in bench.answers())
     (answer,) = [r for r in bench.records if r.seq == 1]
+    assert [r.freeze for r in bench.records if r.seq == 2] == ["frozen"]
     assert answer.reading == Missing("part 7", absent=False)
     assert answer.cost_ns > 0
 

@@ -516,3 +516,14 @@ def test_a_hint_before_the_greeting_ends_the_link(make: Callable[..., Measurer])
     measurer.say(protocol.Hint(Kind.IMA))
     assert "not asked" in measurer.lost()
     assert not measurer.told.hints
+
+
+@pytest.mark.parametrize("freeze", ["", "frozen", "not frozen in time"])
+def test_whether_the_vm_stood_still_is_a_claim(measurer: Measurer, freeze: str) -> None:
+    measurer.vault.ask(process_of(VMS[0]))
+    measurer.until(lambda: bool(measurer.asked))
+    reading = ProcessReading(hypervisor(VMS[0]), (), (), 0)
+    measurer.say(protocol.Answer(measurer.asked[0].seq, reading, 1, freeze))
+    measurer.until(lambda: bool(measurer.told.verdicts))
+    claims = measurer.told.verdicts[0][0].claims
+    assert claims == ((("freeze", freeze),) if freeze else ())

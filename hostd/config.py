@@ -95,8 +95,12 @@ class Measure(Section, frozen=True):
     reading takes some 2 ms on average: 0.2 % of one core."""
     protected: tuple[str, ...] = ("/usr/", "/opt/hostd/")
     """Path prefixes whose IMA entries must have a digest of the manifest."""
-    survey: tuple[str, ...] = ("/usr/bin/", "/usr/sbin/", "/usr/lib/", "/usr/libexec/", "/opt/hostd/")
-    """What `hostctl manifest from-host` hashes besides the files that hypervisors have mapped."""
+    survey: tuple[str, ...] = (
+        *("/usr/bin/", "/usr/sbin/", "/usr/lib/", "/usr/libexec/", "/opt/hostd/"),
+        *("/usr/share/qemu/", "/usr/share/seabios/", "/usr/share/OVMF/"),
+    )
+    """What `hostctl manifest from-host` hashes besides the files that hypervisors have mapped: of folders
+    below `/usr/share/` every file (QEMU reads firmware and keymaps there), of others what holds code."""
 
 
 class Gate(Section, frozen=True):

@@ -9,7 +9,7 @@ from typing import Final
 from qemu.guest import install_guest_image
 from qemu.host import LabHost
 from qemu.process import step
-from qemu.wheels import PREFIX, build_trees, guest_packages
+from qemu.wheels import PREFIX, SITE_PACKAGES, build_trees, guest_packages
 
 REPO: Final = Path(__file__).resolve().parent.parent
 APT_HOOK: Final = "/etc/apt/apt.conf.d/90hostd"
@@ -17,6 +17,12 @@ SYSUSERS: Final = "hostd.sysusers"
 TMPFILES: Final = "hostd.tmpfiles"
 UNIT_PATTERNS: Final = ("*.service", "*.socket", "*.target", "*.slice", "*.timer", "*.path")
 IMA_POLICY: Final = "/etc/ima/ima-policy"  # systemd loads it at boot
+GROUP: Final = "hostd"  # of hostd's own files: the IMA policy has its number
+OWN: Final = (
+    *(f"{PREFIX}/{SITE_PACKAGES}/{package}" for package in ("hostd", "guestlib")),
+    f"{PREFIX}/bin",
+    f"{PREFIX}/pyvenv.cfg",
+)
 USERS: Final = ("hostd-vault", "hostd-gateway", "hostd-metrics")
 
 
@@ -30,8 +36,12 @@ def install_hostd(host: LabHost, repo: Path = REPO) -> None:
             host.run("ln -sf /opt/hostd/bin/hostd /opt/hostd/bin/hostctl /usr/local/bin/")
             _make_users(host, repo / "systemd")
             _install_units(host, repo / "systemd")
-            host.run("mkdir -p /etc/hostd /etc/ima")
+            host.run(["mkdir", "-p", "/etc/ima"])
+            # What is put there later has the group too.
+            host.run(["install", "-d", "-m", "2755", "-g", GROUP, "/etc/hostd"])
             host.put(repo / "systemd" / "ima-policy", IMA_POLICY)
+            # -h: not what a link leads to.
+            host.run(["chgrp", "-R", "-h", GROUP, *OWN, IMA_POLICY])
             host.put(repo / "systemd" / "apt-hook.conf", APT_HOOK)
 
 
@@ -58,5 +68,5 @@ def _install_units(host: LabHost, systemd: Path) -> None:
     units = sorted(unit.name for pattern in UNIT_PATTERNS for unit in systemd.glob(pattern))
     if units:
         sources = [f"{PREFIX}/systemd/{name}" for name in units]
-        host.run(["install", "-m", "0644", *sources, "/etc/systemd/system/"])
+        host.run(["install", "-m", "0644", "-g", GROUP, *sources, "/etc/systemd/system/"])
     host.run(["systemctl", "daemon-reload"])

@@ -23,7 +23,10 @@ LOADED_POLICY: Final = "/sys/kernel/security/ima/policy"
 ROLES: Final = ("measurer", "vault", "gateway", "metrics")
 METRICS: Final = "http://127.0.0.1:9464/metrics"
 
-SURVEY: Final = ("/usr/bin/", "/usr/sbin/", "/usr/lib/", "/usr/libexec/", "/usr/local/", "/opt/hostd/")
+SURVEY: Final = (
+    *("/usr/bin/", "/usr/sbin/", "/usr/lib/", "/usr/libexec/", "/usr/local/", "/opt/hostd/"),
+    *("/usr/share/qemu/", "/usr/share/seabios/", "/usr/share/OVMF/"),
+)
 
 # Times are those of a machine some fifteen times slower than a real one.
 _CONFIG: Final = """\

@@ -1,6 +1,7 @@
 """Digests of everything on disk that may hold code, for making reference values.
 
-`hostd.core.codefile` says which those are. Symbolic links are not followed and other filesystems not kept
+`hostd.core.codefile` says which those are; below `/usr/share/` it is every file, because what QEMU reads
+there is in the kernel's log whatever it is. Symbolic links are not followed and other filesystems not kept
 out; a file with several names is hashed once and listed under each. A survey of hostd's own installation
 folder has hostd's files elsewhere too, whatever they hold (`hostd.core.ownfiles`).
 The walk is cut into steps of some milliseconds, so that readings go on meanwhile.
@@ -28,6 +29,7 @@ STEP_FILES: Final = 64
 PART_FILES: Final = 1000
 """In one part of the answer, below the 1024 of `SurveyPart`."""
 MAX_FILES: Final = 1_000_000
+DATA: Final = b"/usr/share/"
 
 
 def survey(prefixes: Sequence[str]) -> Iterator[dict[str, bytes] | None]:
@@ -71,7 +73,7 @@ def _files(prefixes: Sequence[str]) -> Iterator[tuple[bytes, os.stat_result | No
                 if path in seen or len(path) > 4096:
                     continue
                 seen.add(path)
-                yield path, _taken(path, name)
+                yield path, _taken(path, None if path.startswith(DATA) else name)
     if any(root.startswith(prefix) for root in installation() for prefix in prefixes):
         for path in _own():
             if path not in seen:

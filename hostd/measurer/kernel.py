@@ -27,7 +27,7 @@ from hostd.core.reading_kernel import (
 )
 from hostd.core.readings import Missing
 from hostd.measurer.kernel_built import Built, BuiltImage, Sites
-from hostd.measurer.kernel_files import Loaded, loaded_modules
+from hostd.measurer.kernel_files import Instance, living
 from hostd.measurer.kernel_plan import (
     Comparer,
     Plan,
@@ -50,8 +50,7 @@ BUILD_AGAIN_S: Final = 10.0
 SUSPECT_AGAIN_S: Final = 60.0
 """After one that found something altered: it may have been put back."""
 MAX_BUILT_BYTES: Final = 256 << 20
-Key = tuple[str, int]
-"""(name, address): a module that was loaded again is another image."""
+_KERNEL: Final = Instance(VMLINUX, 0, 0)
 
 
 class KernelProbe:
@@ -63,11 +62,11 @@ class KernelProbe:
         self._refused = ""
         self._tagger = Tagger()
         self._comparer: Comparer | None = None
-        self._images: dict[Key, Planned] = {}
+        self._images: dict[Instance, Planned] = {}
         self._plan: Plan | None = None
         self._plans = 0
         self._next_image = 0
-        self._child: tuple[subprocess.Popen[bytes], IO[bytes], list[Key]] | None = None
+        self._child: tuple[subprocess.Popen[bytes], IO[bytes], list[Instance]] | None = None
         self._not_before = 0.0
         self._suspect_from = 0.0
         self._said = ""
@@ -96,7 +95,7 @@ class KernelProbe:
 
     def _replan(self) -> str:
         """Brings the plan up to date; what is waited for, empty if nothing is."""
-        wanted = {(VMLINUX, 0)} | {(item.name, item.address) for item in _modules()}
+        wanted = {_KERNEL} | living()
         self._take_built()
         gone = self._images.keys() - wanted
         missing = sorted(wanted - self._images.keys())
@@ -106,7 +105,7 @@ class KernelProbe:
         if missing or (suspect and time.monotonic() >= self._suspect_from):
             self._start_builder(missing or suspect)
         if missing:
-            names = " ".join(name for name, _ in missing)
+            names = " ".join(item.name for item in missing)
             return f"being compared with package files: {names}; {self._said}"
         if self._plan is None or {image.number for image in self._plan.images} != {
             image.number for image in self._images.values()
@@ -118,12 +117,12 @@ class KernelProbe:
             self._plan = plan
         return ""
 
-    def _start_builder(self, keys: list[Key]) -> None:
+    def _start_builder(self, keys: list[Instance]) -> None:
         if self._child is not None or time.monotonic() < self._not_before:
             return
         out = tempfile.TemporaryFile()  # noqa: SIM115 - the child outlives this call
         # `--` ends options: a module's name comes from the kernel.
-        argv = program.command("kernel-images", "--", *(name for name, _ in keys))
+        argv = program.command("kernel-images", "--", *(item.name for item in keys))
         child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out)
         self._child = child, out, keys
 
@@ -154,10 +153,10 @@ class KernelProbe:
             self._comparer.book.symbols = symbols
         by_name = {image.image.name: image for image in built.images}
         for key in keys:
-            if key[0] in by_name:
-                self._take(key, by_name[key[0]])
+            if key.name in by_name:
+                self._take(key, by_name[key.name])
 
-    def _take(self, key: Key, built: BuiltImage) -> None:
+    def _take(self, key: Instance, built: BuiltImage) -> None:
         image = replace(built.image, number=self._next_image)
         self._images[key] = Planned(self._next_image, replace(built, image=image), Sites(built))
         self._next_image += 1
@@ -178,10 +177,8 @@ class KernelProbe:
                 altered += numbered(image.built.altered, image.number)
                 total += image.built.altered_total
         altered += [item for chunk in chunks for item in chunk.altered]
-        if any(chunk.altered_total for chunk in chunks):
-            present = {(VMLINUX, 0)} | {(item.name, item.address) for item in _modules()}
-            if gone := sorted(name for name, _ in self._images.keys() - present):
-                return Missing(f"unloaded while it was read: {' '.join(gone)}"[:512], absent=False)
+        if any(chunk.altered_total for chunk in chunks) and (gone := self._gone()):
+            return Missing(f"unloaded while it was read: {gone}"[:512], absent=False)
         return KernelReading(
             part=part,
             parts=len(plan.parts),
@@ -194,6 +191,10 @@ class KernelProbe:
             altered_total=total,
         )
 
+    def _gone(self) -> str:
+        """Names of modules of the plan that are not loaded any more."""
+        return " ".join(sorted(item.name for item in self._images.keys() - {_KERNEL} - living()))
+
     def close(self) -> None:
         if self._child is not None:
             child, out, _ = self._child
@@ -204,7 +205,3 @@ class KernelProbe:
         if self._kcore is not None:
             self._kcore.close()
             self._kcore = None
-
-
-def _modules() -> list[Loaded]:
-    return loaded_modules()

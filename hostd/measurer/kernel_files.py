@@ -38,6 +38,14 @@ class Loaded(NamedTuple):
     address: int
 
 
+class Instance(NamedTuple):
+    """One loading of a module."""
+
+    name: str
+    address: int
+    inode: int
+
+
 def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
     """A regular file's bytes.
 
@@ -133,6 +141,23 @@ def loaded_modules(root: Path = Path("/")) -> list[Loaded]:
             return parse_modules(file.read(4 << 20))
     except FileNotFoundError:
         return []
+
+
+def living(root: Path = Path("/")) -> set[Instance]:
+    """What is loaded now, told apart from what was loaded under the same name at the same place before: the
+    folder in sysfs is another one (kernfs gives no number twice).
+
+    Raises:
+        OSError, ValueError: see `loaded_modules`.
+    """
+    found: set[Instance] = set()
+    for item in loaded_modules(root):
+        try:
+            folder = os.stat(root / "sys/module" / item.name)
+        except FileNotFoundError:
+            continue
+        found.add(Instance(item.name, item.address, folder.st_ino))
+    return found
 
 
 def section_places(name: str, root: Path = Path("/")) -> dict[str, int]:

@@ -15,7 +15,7 @@ from hostd.core.patchsites import NOPS, SiteKind
 from hostd.measurer import kernel_tables as tables
 from hostd.measurer.kernel_elf import MalformedElfError, build_id, parse_elf
 from hostd.measurer.kernel_explain import explain
-from hostd.measurer.kernel_files import PackageFiles, parse_dep, parse_modules
+from hostd.measurer.kernel_files import PackageFiles, living, parse_dep, parse_modules
 from hostd.measurer.kernel_image import Image, parse_relocations, vmlinux_image
 from hostd.measurer.kernel_live import live_module
 from hostd.measurer.kernel_module import ModuleFile
@@ -368,3 +368,16 @@ def test_only_living_modules_count() -> None:
     for broken in ("kvm\n", "kvm x 1 - Live 0x1\n", "kvm 1 1 - Live zz\n", "\n"):
         with pytest.raises(ValueError, match=r"modules|literal"):
             parse_modules(broken)
+
+
+def test_a_module_that_was_loaded_again_is_another(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/modules").write_text("loop 1 0 - Live 0x1000\ngone 1 0 - Live 0x2000\n")
+    folder = tmp_path / "sys/module/loop"
+    folder.mkdir(parents=True)
+    (first,) = living(tmp_path)
+    assert (first.name, first.address) == ("loop", 0x1000)
+    folder.rename(tmp_path / "sys/old")
+    folder.mkdir()
+    (second,) = living(tmp_path)
+    assert second != first

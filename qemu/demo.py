@@ -36,6 +36,9 @@ TENANT: Final = "acme"
 SURVEY: Final = (
     *("/usr/bin/", "/usr/sbin/", "/usr/libexec/", "/usr/lib/systemd/", "/usr/lib/python3.11/lib-dynload/"),
     *("/usr/lib/x86_64-linux-gnu/libvirt/", "/usr/lib/x86_64-linux-gnu/qemu/", "/opt/hostd/"),
+    # What a worker maps and nothing else does, and what QEMU reads.
+    *("/usr/lib/x86_64-linux-gnu/libssl.so.3", "/usr/lib/x86_64-linux-gnu/libseccomp.so.2"),
+    *("/usr/share/qemu/", "/usr/share/seabios/"),
 )
 OPERATIONS: Final = (
     ("create_key", 'client.create_key("AES-256-GCM", "alias/database")'),

@@ -38,7 +38,7 @@ FIRST_BYTES: Final = 16 << 20
 """The same in the first round: 10 ms a reading, so that it ends soon."""
 MAX_FILE_BYTES: Final = 256 << 20
 _CHUNK: Final = 128 << 10
-ATTEMPTS: Final = 4
+ATTEMPTS: Final = 8
 """A file that is another one each time that it is read is as good as unreadable."""
 _OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 

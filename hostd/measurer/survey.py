@@ -1,9 +1,10 @@
 """Digests of everything on disk that may hold code, for making reference values.
 
 `hostd.core.codefile` says which those are; below `/usr/share/` it is every file, because what QEMU reads
-there is in the kernel's log whatever it is. Symbolic links are not followed and other filesystems not kept
-out; a file with several names is hashed once and listed under each. A survey of hostd's own installation
-folder has hostd's files elsewhere too, whatever they hold (`hostd.core.ownfiles`).
+there is in the kernel's log whatever it is. A prefix may be a file, or lead to one. Other symbolic links are
+not followed and other filesystems not kept out; a file with several names is hashed once and listed under
+each. A survey of hostd's own installation folder has hostd's files elsewhere too, whatever they hold
+(`hostd.core.ownfiles`).
 The walk is cut into steps of some milliseconds, so that readings go on meanwhile.
 
 Needs CAP_DAC_READ_SEARCH.
@@ -67,6 +68,11 @@ def survey(prefixes: Sequence[str]) -> Iterator[dict[str, bytes] | None]:
 def _files(prefixes: Sequence[str]) -> Iterator[tuple[bytes, os.stat_result | None]]:
     seen: set[bytes] = set()
     for prefix in prefixes:
+        if os.path.isfile(prefix):
+            path = os.fsencode(os.path.realpath(prefix))
+            if path not in seen:
+                seen.add(path)
+                yield path, _taken(path, None)
         for directory, _, names in os.walk(os.fsencode(prefix)):
             for name in names:
                 path = os.path.join(directory, name)

@@ -152,17 +152,17 @@ def test_replacing_files_all_the_time_names_nothing_unreadable(tree: Path) -> No
             number += 1
             other.write_bytes(b"old" if number % 2 else b"new")
             other.rename(target)
-            stop.wait(0.0002)
+            stop.wait(0.005)
 
     thread = threading.Thread(target=replace)
     thread.start()
     try:
         files = own(tree)
-        seen = {one_round(files)[str(target)].sha256 for _ in range(300)}
+        seen = {one_round(files)[str(target)].sha256 for _ in range(100)}
     finally:
         stop.set()
         thread.join()
-    assert seen <= {sha(b"old"), sha(b"new")}
+    assert seen <= {sha(b"lib/b.py"), sha(b"old"), sha(b"new")}
 
 
 def test_a_reading_is_bounded(tree: Path) -> None:

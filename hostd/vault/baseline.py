@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 CAPTURE_S: Final = 900.0
 """A survey of a whole system, emulated."""
+KERNEL_AGAIN_S: Final = 1.0
+"""Between two questions while the kernel is still being compared with its package's files."""
 
 
 class Capture:
@@ -75,7 +77,11 @@ class Capture:
         self._to_identify: list[int] = []
         self._log = bytearray()
         self._surveyed: dict[str, bytes] = {}
-        self._timer = loop.call_after(CAPTURE_S, lambda: self._fail("the capture took too long"))
+        self._loop = loop
+        self._waiting_for = ""
+        self._timer = loop.call_after(
+            CAPTURE_S, lambda: self._fail(f"the capture took too long{self._waiting_for}")
+        )
 
     def start(self) -> None:
         self._measuring.read(GUESTS, 0, self._on_guests)
@@ -144,14 +150,24 @@ class Capture:
                 self._boot = propose_boot(values, log.events)
         self._measuring.read(KERNEL, 0, self._on_kernel)
 
+    def _read_kernel(self) -> None:
+        if not self._done:
+            self._measuring.read(KERNEL, 0, self._on_kernel)
+
     def _on_kernel(self, reading: Reading) -> None:
         if isinstance(reading, KernelReading):
             self._kernel.append(reading)
             if reading.part + 1 < min(reading.parts, MAX_PARTS):
                 self._measuring.read(KERNEL, 0, self._on_kernel, part=reading.part + 1)
                 return
-        elif not (isinstance(reading, Missing) and reading.absent):
+        elif not isinstance(reading, Missing):
             self._fail("the kernel cannot be read")
+            return
+        elif not reading.absent:
+            # It is being compared with its package's files, which takes seconds after a start.
+            self._kernel.clear()
+            self._waiting_for = f": {reading.reason}"
+            self._loop.call_after(KERNEL_AGAIN_S, self._read_kernel)
             return
         self._measuring.read(IMA, 0, self._on_ima)
 

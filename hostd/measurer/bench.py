@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib
 import json
 import mmap
 import os
@@ -189,6 +188,7 @@ def _bandwidth() -> float:
 
 if __name__ == "__main__":
     # What the role has loaded beside the readings.
-    importlib.import_module("hostd.measurer.main")
+    import hostd.measurer.main  # noqa: F401
+
     configured = Config(hypervisor=Hypervisor(binaries=(sys.argv[1],), provider="proc", allow_jit=True))
     print(json.dumps(bench_readings(configured, rounds=int(sys.argv[2]))))

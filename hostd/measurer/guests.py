@@ -31,6 +31,8 @@ from hostd.measurer.scan import Found, Scanner, descriptors
 from hostd.platform.procfs import MAX_COMMAND_LINE_BYTES, MalformedProcError, ProcessGoneError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hostd.config import Hypervisor as HypervisorConfig
 
 VSOCK_DEVICE: Final = Path("/dev/vhost-vsock")
@@ -47,12 +49,23 @@ class Guest(NamedTuple):
 class GuestsProbe:
     """Reads who is who, and finds one process by what is known of it."""
 
-    def __init__(self, config: HypervisorConfig, *, vsock_device: Path = VSOCK_DEVICE) -> None:
+    def __init__(
+        self,
+        config: HypervisorConfig,
+        *,
+        vsock_device: Path = VSOCK_DEVICE,
+        directory: Directory | None = None,
+        runs_as: Callable[[Found, int], bool] | None = None,
+    ) -> None:
+        """`directory` and `runs_as` say, in place of libvirt and of the kernel, what a process is."""
         device = self._device = _device(vsock_device)
         self._scanner = Scanner(config.binaries, device)
         self._holders = None if device is None else Holders(device, time.monotonic)
         self._source = config.provider
-        self.directory = Directory(config.libvirt_uri) if config.provider == "libvirt" else None
+        if directory is None and config.provider == "libvirt":
+            directory = Directory(config.libvirt_uri)
+        self.directory = directory
+        self._runs_as = runs_as or _runs_as
         self._vouched: dict[Key, Said] = {}
         self._said: dict[Key, Said] = {}
         self._waited_for: frozenset[Key] = frozenset()
@@ -122,7 +135,7 @@ class GuestsProbe:
             before = self._vouched.get(key)
             word = answer.get(key, before)
             known = before is not None and word is not None and (before.vm, before.run) == (word.vm, word.run)
-            if word is not None and (known or _runs_as(process, word.run)):
+            if word is not None and (known or self._runs_as(process, word.run)):
                 said[key] = word
         self._vouched = said
         return said

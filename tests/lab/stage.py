@@ -6,7 +6,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from qemu.service import BASELINE
+from qemu.service import MANIFEST, OFFICER
 from tests.support.attacks import REFUSED
 
 if TYPE_CHECKING:
@@ -77,13 +77,17 @@ class Stage:
             python.close()
         self.running.alice.destroy()
 
-    def accept(self, taint: int, *modules: str) -> None:
-        """An officer accepts a taint and modules that the reviewed host did not have."""
-        document: dict[str, Any] = json.loads(self.host.get(BASELINE))
+    def accept_taint(self, taint: int) -> None:
+        """An officer accepts a taint that the reviewed host did not have: a new version of the manifest."""
+        document: dict[str, Any] = json.loads(self.host.get(MANIFEST))
+        document["version"] += 1
+        document["previous"] = ""
         document["posture"]["taint"] |= taint
-        document["posture"]["modules"] = sorted({*document["posture"]["modules"], *modules})
-        self.host.put(json.dumps(document).encode(), "/root/accepted.json")
-        self.service.ctl("baseline", "install", "/root/accepted.json")
+        text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        self.host.put(text.encode(), MANIFEST)
+        self.host.run(["rm", "-f", f"{MANIFEST}.sig"])
+        self.service.ctl("manifest", "sign", MANIFEST, "-k", OFFICER)
+        self.service.ctl("manifest", "install", MANIFEST)
 
     def close(self) -> None:
         for python in self._python.values():

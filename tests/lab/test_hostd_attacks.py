@@ -129,43 +129,60 @@ def flip_kernel_from_outside(stage: Stage) -> Staged:
 
 
 def load_module(stage: Stage) -> Staged:
-    Tamper(stage.host).load()
+    tamper = Tamper(stage.host)
+    tamper.load()
+
+    def undo() -> None:
+        tamper.unload()
+        stage.accept_taint(TAINTS)
+
     return hosts(
         Sign("posture", ("posture-module",), (NAME,)),
         Sign("posture", ("posture-taint",), ("taint",)),
-        undo=lambda: stage.accept(TAINTS, NAME),
+        undo=undo,
     )
 
 
 def flip_text_by_module(stage: Stage) -> Staged:
     offset, _address = _text(stage)
-    tamper = Tamper(stage.host)
-    tamper.flip_page(QEMU, offset, 0x02)
-    return hosts(
+    return _by_module(
+        stage,
+        lambda tamper: tamper.flip_page(QEMU, offset, 0x02),
         Sign("files", ("file-altered",), (QEMU, f"file offset {offset:#x}")),
-        undo=lambda: tamper.flip_page(QEMU, offset, 0x02),
     )
 
 
 def patch_vcpu_run(stage: Stage) -> Staged:
     address, new, at = _vcpu_run(stage)
     change = new ^ tamper_ram.read_kernel(stage.host, address, 1)[0]
-    tamper = Tamper(stage.host)
-    tamper.flip_text(address, change)
-    return hosts(
-        Sign("kernel", TEXT, (f"svm_vcpu_run+{at:#x}",)), undo=lambda: tamper.flip_text(address, change)
+    return _by_module(
+        stage,
+        lambda tamper: tamper.flip_text(address, change),
+        Sign("kernel", TEXT, (f"svm_vcpu_run+{at:#x}",)),
     )
 
 
 def patch_system_calls(stage: Stage) -> Staged:
     # 335 is unused: sys_ni_syscall, wherever it leads.
     table = tamper_ram.symbols(stage.host, "sys_call_table")["sys_call_table"]
-    tamper = Tamper(stage.host)
-    tamper.flip_text(table + 8 * 335, 0x10)
-    return hosts(
+    return _by_module(
+        stage,
+        lambda tamper: tamper.flip_text(table + 8 * 335, 0x10),
         Sign("kernel", ("kernel-rodata-altered", "kernel-table-altered"), ("sys_call_table",)),
-        undo=lambda: tamper.flip_text(table + 8 * 335, 0x10),
     )
+
+
+def _by_module(stage: Stage, change: Callable[[Tamper], None], sign: Sign) -> Staged:
+    """The module does it and is gone again: what is left is the taint that was accepted, and the byte."""
+
+    def do() -> None:
+        tamper = Tamper(stage.host)
+        tamper.load()
+        change(tamper)
+        tamper.unload()
+
+    do()
+    return hosts(sign, undo=do)
 
 
 def _quiet_place(stage: Stage) -> int:

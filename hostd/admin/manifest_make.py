@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import msgspec
 
-from guestlib.errors import HostdError, MalformedError
+from guestlib.errors import ConflictError, HostdError, MalformedError
 from hostd.admin.context import LONG_S, Context
 from hostd.admin.manifest_files import (
     IN_FORCE,
@@ -125,11 +125,18 @@ def _document(
 
 
 def _packages(
-    names: Iterable[str], debs: Iterable[Path], *, archive: bool
+    names: Iterable[str], debs: Iterable[Path], *, archive: bool, without_altered: bool = False
 ) -> tuple[dict[str, tuple[str, ...]], list[Source]]:
     found: list[Contents] = [read_deb(path, archive=archive) for path in debs]
     for name in names:
         found += read_installed(name, archive=archive)
+    altered = [line for item in found for line in item.altered]
+    for line in altered:
+        click.echo(f"altered: {safe(line)}", err=True)
+    if altered and not without_altered:
+        raise ConflictError(
+            f"{len(altered)} files are not what their packages installed; `--without-altered` leaves them out"
+        )
     digests = merged(*({path: (digest,) for path, digest in item.digests.items()} for item in found))
     return digests, [item.source for item in found]
 
@@ -174,6 +181,7 @@ def create(
 @click.option("--deb", "debs", type=FILE, multiple=True, help="A .deb file.")
 @click.option("--installed", is_flag=True, help="All packages that are installed.")
 @click.option("--no-archive", is_flag=True, help="Do not compare with apt's lists.")
+@click.option("--without-altered", is_flag=True, help="Leave out files that somebody changed on the disk.")
 @click.pass_obj
 def from_packages(
     context: Context,
@@ -185,12 +193,13 @@ def from_packages(
     debs: tuple[Path, ...],
     installed: bool,
     no_archive: bool,
+    without_altered: bool,
 ) -> None:
     """Make a manifest of the code in Debian packages, as the packages say it is."""
     names = installed_packages() if installed else packages
     if not names and not debs:
         raise click.UsageError("name packages, --deb files or --installed")
-    digests, sources = _packages(names, debs, archive=not no_archive)
+    digests, sources = _packages(names, debs, archive=not no_archive, without_altered=without_altered)
     reference = _document(context, digests, sources, host=host, on=on, into=into)
     tell(context, output, reference, *_notes(sources))
 

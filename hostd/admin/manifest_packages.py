@@ -10,6 +10,7 @@ Symbolic links hold no code. A diverted file is where dpkg-divert puts it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -41,6 +42,8 @@ class Contents:
 
     source: Source
     digests: dict[str, str] = field(default_factory=dict)
+    altered: list[str] = field(default_factory=list)
+    """Installed files that are not what the package installed, each with what it has; not in `digests`."""
 
 
 def read_deb(path: Path, *, archive: bool = True) -> Contents:
@@ -116,8 +119,7 @@ def read_installed(package: str, *, archive: bool = True) -> list[Contents]:
     the very version is there, else from the disk.
 
     Raises:
-        NotFoundError: not installed, or its sums are not recorded.
-        ConflictError: a file is not the one that was installed.
+        NotFoundError: not installed.
     """
     form = "${Package}\t${Version}\t${Architecture}\t${db:Status-Abbrev}\n"
     found = []
@@ -156,7 +158,8 @@ def _read_disk(name: str, version: str, architecture: str) -> Contents:
         data = Path(where).read_bytes()
         seen = hashlib.md5(data, usedforsecurity=False).hexdigest()
         if seen != expected:
-            raise ConflictError(f"{where}: {name} {version} installed it with MD5 {expected}, it has {seen}")
+            contents.altered.append(f"{where}: {name} {version} has MD5 {expected}, the disk {seen}")
+            continue
         contents.digests[where] = hashlib.sha256(data).hexdigest()
     return contents
 
@@ -173,11 +176,16 @@ def _sums(name: str, architecture: str) -> list[tuple[str, str]]:
 def _diversions(package: str) -> dict[str, str]:
     """Where dpkg puts files of this package that somebody diverted."""
     found = {}
-    for line in _run("dpkg-divert", "--list", check=False).splitlines():
+    for line in _diverted().splitlines():
         words = line.removeprefix("local ").split(" ")
         if words[:2] == ["diversion", "of"] and len(words) >= 5 and words[-2:] != ["by", package]:
             found[words[2]] = words[4]
     return found
+
+
+@functools.cache
+def _diverted() -> str:
+    return _run("dpkg-divert", "--list", check=False)
 
 
 def _listed(name: str, version: str, architecture: str) -> set[str]:

@@ -401,3 +401,33 @@ def test_a_slow_drip_is_not_quadratic() -> None:
         decoder.feed(stream[i : i + 1])
     assert time.process_time() - began < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 << 20
+
+
+def test_a_channel_may_have_wider_bounds() -> None:
+    """Of a manifest, say; the other channels keep theirs."""
+    size = 2 * MAX_RECORD_BYTES
+    wide = {"max_record": size + 64, "max_sent": size + 64, "max_queued": MAX_QUEUED_BYTES}
+    left, right = (Channel[Pong](s, Pong, **wide) for s in socket.socketpair())
+    record = Pong(bytes(size))
+    left.send(record)
+    got: list[Pong] = []
+    while not got:
+        left.flush()
+        got = right.receive()
+    assert got == [record]
+    with pytest.raises(ChannelError, match="over the limit"):
+        left.send(Pong(bytes(size + 64)))
+
+    def flood() -> None:
+        for _ in range(4):
+            left.send(record)
+
+    with pytest.raises(ChannelError, match="does not read"):
+        flood()
+    left.close()
+    right.close()
+    left, right = (Channel[Pong](s, Pong) for s in socket.socketpair())
+    with pytest.raises(ChannelError, match="over the limit"):
+        left.send(record)
+    left.close()
+    right.close()

@@ -79,7 +79,13 @@ CASES = [
     (SiteKind.CALL, to(HERE + 0x100, opcode=0xE9), to(FUNCTION, opcode=0xE9), {}, "jumps to target"),
     (SiteKind.CALL, to(HERE + 0x100, opcode=0xE9), b"\xc3\xcc\xcc\xcc\xcc", {}, "returns"),
     (SiteKind.CALL, to(HERE + 0x100, opcode=0xE9), NOP5, {}, ""),
-    (SiteKind.TRAMPOLINE, b"\xe9\0\0\0\0\x0f\xb9\xcc", to(FUNCTION, opcode=0xE9) + b"\x0f\xb9\xcc", {}, "jumps to target"),
+    (
+        SiteKind.TRAMPOLINE,
+        b"\xe9\0\0\0\0\x0f\xb9\xcc",
+        to(FUNCTION, opcode=0xE9) + b"\x0f\xb9\xcc",
+        {},
+        "jumps to target",
+    ),
     (SiteKind.TRAMPOLINE, b"\xe9\0\0\0\0\x0f\xb9\xcc", to(FUNCTION, opcode=0xE9) + b"\x0f\xb9\xcd", {}, ""),
     (SiteKind.TRAMPOLINE, b"\xe9\0\0\0\0\x0f\xb9\xcc", b"\xc3\xcc\xcc\xcc\xcc\x0f\xb9\xcc", {}, "returns"),
     (SiteKind.TRAMPOLINE, b"\xe9\0\0\0\0\x0f\xb9\xcc", b"\xc3\xcc\xcc\xcc\xcc\x90\x90\x90", {}, ""),
@@ -92,7 +98,13 @@ CASES = [
     (SiteKind.FTRACE_CALL, to(HERE + 0x100), to(FUNCTION + 1), {}, ""),
     # Boot.
     (SiteKind.RETURN, to(HERE + 0x3200, opcode=0xE9), b"\xc3\xcc\xcc\xcc\xcc", {}, "plain"),
-    (SiteKind.RETURN, to(HERE + 0x3200, opcode=0xE9), to(HERE + 0x3300, opcode=0xE9), {}, "srso_return_thunk"),
+    (
+        SiteKind.RETURN,
+        to(HERE + 0x3200, opcode=0xE9),
+        to(HERE + 0x3300, opcode=0xE9),
+        {},
+        "srso_return_thunk",
+    ),
     (SiteKind.RETURN, to(HERE + 0x3200, opcode=0xE9), to(HERE + 0x3500, opcode=0xE9), {}, ""),
     (SiteKind.RETPOLINE, to(HERE + 0x3000), b"\xff\xd0\x0f\x1f\x00", {}, "plain"),
     (SiteKind.RETPOLINE, to(HERE + 0x3000), b"\x0f\xae\xe8\xff\xd0", {}, "lfence"),
@@ -107,12 +119,36 @@ CASES = [
     (SiteKind.PARAVIRT, b"\xff\x15\0\0\0\0", NOPS[5], {}, "nothing"),
     (SiteKind.PARAVIRT, b"\xff\x15\0\0\0\0", to(FUNCTION + 1) + b"\x90", {}, ""),
     (SiteKind.PARAVIRT, b"\xff\x15\0\0\0\0", b"\xff\x15\1\0\0\0", {}, ""),
-    (SiteKind.ALTERNATIVE, b"\x90" * 3, b"\x0f\x01\xcb", {"variants": ((HERE + 0x9000, b"\x0f\x01\xcb"),)}, "variant 0"),
-    (SiteKind.ALTERNATIVE, b"\x90" * 3, b"\x0f\x01\xca", {"variants": ((HERE + 0x9000, b"\x0f\x01\xcb"),)}, ""),
+    (
+        SiteKind.ALTERNATIVE,
+        b"\x90" * 3,
+        b"\x0f\x01\xcb",
+        {"variants": ((HERE + 0x9000, b"\x0f\x01\xcb"),)},
+        "variant 0",
+    ),
+    (
+        SiteKind.ALTERNATIVE,
+        b"\x90" * 3,
+        b"\x0f\x01\xca",
+        {"variants": ((HERE + 0x9000, b"\x0f\x01\xcb"),)},
+        "",
+    ),
     (SiteKind.ALTERNATIVE, b"\x90" * 3, b"\x0f\x1f\x00", {"variants": ()}, "compiled"),
-    (SiteKind.ALTERNATIVE, b"\x90" * 6, b"\xfa" + NOPS[4], {"variants": ((HERE + 0x9000, b"\xfa"),)}, "variant 0"),
-    (SiteKind.ALTERNATIVE, b"\x90" * 6, b"\xfa\xcc\x1f\x44\x00\x00", {"variants": ((HERE + 0x9000, b"\xfa"),)}, ""),
-]  # fmt: skip
+    (
+        SiteKind.ALTERNATIVE,
+        b"\x90" * 6,
+        b"\xfa" + NOPS[4],
+        {"variants": ((HERE + 0x9000, b"\xfa"),)},
+        "variant 0",
+    ),
+    (
+        SiteKind.ALTERNATIVE,
+        b"\x90" * 6,
+        b"\xfa\xcc\x1f\x44\x00\x00",
+        {"variants": ((HERE + 0x9000, b"\xfa"),)},
+        "",
+    ),
+]
 
 
 @pytest.mark.parametrize(("kind", "compiled", "seen", "more", "wanted"), CASES)

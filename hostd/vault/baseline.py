@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Final
 from guestlib.attest.imalog import MalformedLogError, parse_entries
 from guestlib.errors import HostdError, UnavailableError
 from hostd.core.appraise_boot import BootJudge
-from hostd.core.findings import BOOT, FILES, GUESTS, IMA, KERNEL, POSTURE, domain_of, process_of
+from hostd.core.findings import (
+    BOOT,
+    FILES,
+    GUESTS,
+    IMA,
+    KERNEL,
+    POSTURE,
+    Component,
+    domain_of,
+    process_of,
+)
 from hostd.core.manifest import from_host
 from hostd.core.reading_boot import BootReading
 from hostd.core.reading_domain import DomainReading
@@ -32,7 +42,7 @@ from hostd.core.reference import FORMAT, Reference, encode_reference
 from hostd.core.rule_boot import BootRule, propose_boot
 from hostd.core.rule_domain import propose_domain
 from hostd.core.rule_kernel import propose_kernel
-from hostd.vault.measuring import MAX_PARTS
+from hostd.vault.measuring import MAX_LOG_BYTES, MAX_PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -84,7 +94,20 @@ class Capture:
         )
 
     def start(self) -> None:
-        self._measuring.read(GUESTS, 0, self._on_guests)
+        self._read(GUESTS, self._on_guests)
+
+    def _read(
+        self, component: Component, told: Callable[[Reading], None], *, position: int = 0, part: int = 0
+    ) -> None:
+        """Asks for the next reading, unless the capture is over. (Without a measurer every answer would come
+        at once: a step inside a step, as deep as there are machines.)"""
+        if not self._over():
+            self._measuring.read(component, position, told, part=part)
+
+    def _over(self) -> bool:
+        if not self._measuring.ready:
+            self._fail("the measurer was lost")
+        return self._done
 
     def _fail(self, reason: str) -> None:
         if not self._done:
@@ -105,7 +128,7 @@ class Capture:
     def _processes(self, left: list[Hypervisor]) -> None:
         """Reads each hypervisor process, so that the measurer knows every file one has mapped."""
         if not left:
-            self._measuring.read(FILES, 0, self._on_files)
+            self._read(FILES, self._on_files)
             return
         vm = left.pop().vm
 
@@ -114,9 +137,7 @@ class Capture:
                 self._domains.append(reading)
             self._processes(left)
 
-        self._measuring.read(
-            process_of(vm), 0, lambda _reading: self._measuring.read(domain_of(vm), 0, on_domain)
-        )
+        self._read(process_of(vm), lambda _reading: self._read(domain_of(vm), on_domain))
 
     def _on_files(self, reading: Reading) -> None:
         if isinstance(reading, FilesReading):
@@ -125,9 +146,9 @@ class Capture:
 
     def _identify(self) -> None:
         if not self._to_identify:
-            self._measuring.read(POSTURE, 0, self._on_posture)
-            return
-        self._measuring.identify(self._to_identify.pop(), self._on_identity)
+            self._read(POSTURE, self._on_posture)
+        elif not self._over():
+            self._measuring.identify(self._to_identify.pop(), self._on_identity)
 
     def _on_identity(self, reading: Reading) -> None:
         if isinstance(reading, FileIdentity):
@@ -139,7 +160,7 @@ class Capture:
             self._fail("the kernel's posture cannot be read")
             return
         self._posture = reading
-        self._measuring.read(BOOT, 0, self._on_boot)
+        self._read(BOOT, self._on_boot)
 
     def _on_boot(self, reading: Reading) -> None:
         """A boot log that does not replay to what the TPM quotes gives no reference values."""
@@ -148,17 +169,19 @@ class Capture:
             log, values = self._boot_judge.log, self._boot_judge.values
             if log is not None and values:
                 self._boot = propose_boot(values, log.events)
-        self._measuring.read(KERNEL, 0, self._on_kernel)
+        self._read_kernel()
 
     def _read_kernel(self) -> None:
-        if not self._done:
-            self._measuring.read(KERNEL, 0, self._on_kernel)
+        self._read(KERNEL, self._on_kernel)
 
     def _on_kernel(self, reading: Reading) -> None:
         if isinstance(reading, KernelReading):
+            if reading.part != len(self._kernel):
+                self._fail("the kernel changed while it was read")
+                return
             self._kernel.append(reading)
             if reading.part + 1 < min(reading.parts, MAX_PARTS):
-                self._measuring.read(KERNEL, 0, self._on_kernel, part=reading.part + 1)
+                self._read(KERNEL, self._on_kernel, part=reading.part + 1)
                 return
         elif not isinstance(reading, Missing):
             self._fail("the kernel cannot be read")
@@ -169,18 +192,22 @@ class Capture:
             self._waiting_for = f": {reading.reason}"
             self._loop.call_after(KERNEL_AGAIN_S, self._read_kernel)
             return
-        self._measuring.read(IMA, 0, self._on_ima)
+        self._read(IMA, self._on_ima)
 
     def _on_ima(self, reading: Reading) -> None:
         if isinstance(reading, ImaReading):
             self._log += reading.data
+            if len(self._log) > MAX_LOG_BYTES:
+                self._fail(f"the IMA log is over {MAX_LOG_BYTES} bytes")
+                return
             if reading.more:
-                self._measuring.read(IMA, len(self._log), self._on_ima)
+                self._read(IMA, self._on_ima, position=len(self._log))
                 return
         elif not (isinstance(reading, Missing) and reading.absent):
             self._fail("the IMA log cannot be read")
             return
-        self._measuring.survey(self._config.measure.survey, self._on_survey)
+        if not self._over():
+            self._measuring.survey(self._config.measure.survey, self._on_survey)
 
     def _on_survey(self, files: dict[str, bytes] | None) -> None:
         if files is None or self._posture is None:

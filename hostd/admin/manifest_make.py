@@ -27,7 +27,6 @@ from hostd.admin.manifest_files import (
 from hostd.admin.manifest_keylime import MAX_POLICY_BYTES, parse_policy
 from hostd.admin.manifest_packages import (
     Contents,
-    installed_packages,
     of_apt,
     read_deb,
     read_installed,
@@ -125,11 +124,18 @@ def _document(
 
 
 def _packages(
-    names: Iterable[str], debs: Iterable[Path], *, archive: bool, without_altered: bool = False
+    names: Iterable[str],
+    debs: Iterable[Path],
+    *,
+    archive: bool,
+    installed: bool = False,
+    without_altered: bool = False,
 ) -> tuple[dict[str, tuple[str, ...]], list[Source]]:
     found: list[Contents] = [read_deb(path, archive=archive) for path in debs]
     for name in names:
         found += read_installed(name, archive=archive)
+    if installed:
+        found += read_installed(archive=archive)
     altered = [line for item in found for line in item.altered]
     for line in altered:
         click.echo(f"altered: {safe(line)}", err=True)
@@ -196,10 +202,11 @@ def from_packages(
     without_altered: bool,
 ) -> None:
     """Make a manifest of the code in Debian packages, as the packages say it is."""
-    names = installed_packages() if installed else packages
-    if not names and not debs:
+    if not packages and not debs and not installed:
         raise click.UsageError("name packages, --deb files or --installed")
-    digests, sources = _packages(names, debs, archive=not no_archive, without_altered=without_altered)
+    digests, sources = _packages(
+        packages, debs, archive=not no_archive, installed=installed, without_altered=without_altered
+    )
     reference = _document(context, digests, sources, host=host, on=on, into=into)
     tell(context, output, reference, *_notes(sources))
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 CACHE: Final = Path("/var/cache/apt/archives")
+INFO: Final = Path("/var/lib/dpkg/info")
+"""Where dpkg keeps the sums of what it installed (dpkg-query(1), --control-path)."""
 TOOL_S: Final = 300.0
 """For one call of dpkg or apt."""
 MAX_FILE_BYTES: Final = 4 << 30
@@ -114,16 +116,16 @@ def _sha256(file: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def read_installed(package: str, *, archive: bool = True) -> list[Contents]:
-    """Code of an installed package, in each architecture that is installed: from apt's cache of .deb files if
-    the very version is there, else from the disk.
+def read_installed(*packages: str, archive: bool = True) -> list[Contents]:
+    """Code of installed packages (none named: of all), in each architecture that is installed: from apt's
+    cache of .deb files if the very version is there, else from the disk.
 
     Raises:
         NotFoundError: not installed.
     """
     form = "${Package}\t${Version}\t${Architecture}\t${db:Status-Abbrev}\n"
     found = []
-    for line in _run("dpkg-query", "-W", "-f", form, package).splitlines():
+    for line in _run("dpkg-query", "-W", "-f", form, *packages).splitlines():
         name, version, architecture, status = line.split("\t")
         if status[1:2] == "i":
             cached = CACHE / f"{name}_{version.replace(':', '%3a')}_{architecture}.deb"
@@ -132,14 +134,8 @@ def read_installed(package: str, *, archive: bool = True) -> list[Contents]:
             else:
                 found.append(_read_disk(name, version, architecture))
     if not found:
-        raise NotFoundError(f"{package} is not installed")
+        raise NotFoundError(f"not installed: {' '.join(packages)}")
     return found
-
-
-def installed_packages() -> list[str]:
-    """All installed packages, with the architecture where more than one may be."""
-    lines = _run("dpkg-query", "-W", "-f", "${db:Status-Abbrev}\t${binary:Package}\n").splitlines()
-    return [line.split("\t")[1] for line in lines if line[1:2] == "i"]
 
 
 def _read_disk(name: str, version: str, architecture: str) -> Contents:
@@ -165,10 +161,10 @@ def _read_disk(name: str, version: str, architecture: str) -> Contents:
 
 
 def _sums(name: str, architecture: str) -> list[tuple[str, str]]:
-    for package in (name, f"{name}:{architecture}"):
-        found = _run("dpkg-query", "--control-path", package, "md5sums", check=False).strip()
-        if found:
-            lines = Path(found).read_text("utf-8").splitlines()
+    for stem in (name, f"{name}:{architecture}"):
+        sums = INFO / f"{stem}.md5sums"
+        if sums.exists():
+            lines = sums.read_text("utf-8").splitlines()
             return [("/" + line[34:].lstrip("/"), line[:32]) for line in lines if len(line) > 34]
     return []  # a package without files has no sums
 

@@ -25,6 +25,7 @@ ORDER = (
     "host",
     "hostd_demo",
     "hostd_units",
+    "hostd_freeze",
     "hostd_kernel",
     "hostd_callers",
     "hostd_power",

@@ -52,20 +52,13 @@ def probe_hypervisor(stage: Stage) -> Staged:
 
 def probe_kernel(stage: Stage) -> Staged:
     undo = tamper_hooks.kprobe(stage.host, "do_sys_openat2")
-    return hosts(
-        Sign("kernel", TEXT, ("do_sys_openat2",)),
-        Sign("posture", ("posture-kprobes",), ("do_sys_openat2",)),
-        undo=undo,
-    )
+    return hosts(Sign("posture", ("posture-kprobes",), ("do_sys_openat2",)), undo=undo)
 
 
 def trace_kernel(stage: Stage) -> Staged:
     undo = tamper_hooks.trace(stage.host, "svm_vcpu_run")
-    return hosts(
-        Sign("kernel", TEXT, ("svm_vcpu_run",)),
-        Sign("posture", ("posture-ftrace",), ("svm_vcpu_run",)),
-        undo=undo,
-    )
+    # The kernel's own patching of its own call site: `kernel` finds it legal, `posture` what it is for.
+    return hosts(Sign("posture", ("posture-ftrace",), ("svm_vcpu_run",)), undo=undo)
 
 
 def attach_bpf(stage: Stage) -> Staged:

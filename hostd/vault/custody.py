@@ -6,13 +6,18 @@ officers, reference values, accepted log entries) is wrapped under it, so it can
 
 Reference values come into force by the officers' signatures over the very bytes. When one of their digests
 retires they are judged by without it from that second on.
+
+Whoever writes to the store can put back rows that it once had, or take some away. So the ledger's word counts
+besides: officers it has entries of are not recorded anew, and reference values older than those it has are
+not in force.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -34,12 +39,15 @@ from hostd.vault.evidence import spki_digest
 from hostd.vault.primitives import IntegrityError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hostd.config import Config
     from hostd.ipc.loop import Loop
     from hostd.ipc.serving import ChannelIdentity
     from hostd.platform.secretmem import SecretBuffer
     from hostd.vault.gate import Gate
     from hostd.vault.keyring import Keyring
+    from hostd.vault.ledger import Entry
     from hostd.vault.mint import Mint
     from hostd.vault.store import Store
     from hostd.vault.tpmlink import TpmLink
@@ -51,6 +59,15 @@ _REFERENCE: Final = "reference"
 _SIGNATURES: Final = "reference_signatures"
 RETIRE_CHECK_S: Final = 60.0
 """Longest wait for a digest's retirement: the wall clock may be set while we wait."""
+_MANIFEST: Final = re.compile(r"version ([0-9]{1,16}), ([0-9a-f]{64}), signed by ")
+"""Begins the detail of the ledger's entry of new reference values."""
+
+
+class _Installed(NamedTuple):
+    """Reference values as the ledger has them."""
+
+    version: int
+    digest: str
 
 
 class House(Protocol):
@@ -83,7 +100,10 @@ class Custody:
         keyring: Keyring,
         mint: Mint,
         tpm: TpmLink,
+        last: Mapping[str, Entry],
     ) -> None:
+        """`last`: the ledger's last entries of events `officers`, `manifest` and `retire` before this
+        start."""
         self._house = house
         self._config = config
         self._loop = loop
@@ -99,7 +119,12 @@ class Custody:
         self._council = Council(config.officers)
         self._signatures = b""
         self._signed_by: tuple[str, ...] = ()
-        self._now = 0
+        self._officers_known = "officers" in last
+        match = _MANIFEST.match(last["manifest"].detail) if "manifest" in last else None
+        self._installed = None if match is None else _Installed(int(match[1]), match[2])
+        self._now = max(
+            (last[event].time // 1000 for event in ("manifest", "retire") if event in last), default=0
+        )
         self._in_force: Reference | None = None
         self._retirement = loop.call_after(0.0, lambda: None)
         self.reference: Reference | None = None
@@ -162,7 +187,7 @@ class Custody:
 
     def _load(self) -> None:
         # Both are made together: a store without officers that has a channel CA has lost them.
-        first = self._store.meta("channel_ca_key") is None
+        first = self._store.meta("channel_ca_key") is None and not self._officers_known
         if self._council.confirm(self._store, self._keyring, first=first):
             self._house.record("officers", detail=self._council.describe())
         if self.channel_ca is None:
@@ -176,6 +201,8 @@ class Custody:
                 self._keyring.unwrap_service_key(_REFERENCE, document),
                 self._keyring.unwrap_service_key(_SIGNATURES, signatures or b""),
             )
+        elif self.reference is None and self._installed is not None:
+            self._want_installed("none")
         self._store.commit()
 
     def _use_stored(self, document: bytes, signatures: bytes) -> None:
@@ -183,7 +210,20 @@ class Custody:
             signed_by = self._council.verify(document, signatures)
         except (DeniedError, MalformedError) as error:
             raise OfficersError(f"the stored reference values are not the officers': {error}") from error
-        self._use(parse_reference(document), signatures, signed_by)
+        reference = parse_reference(document)
+        if self._installed is not None and reference.version < self._installed.version:
+            self._want_installed(f"version {reference.version}")
+        else:
+            self._use(reference, signatures, signed_by)
+
+    def _want_installed(self, stored: str) -> None:
+        assert self._installed is not None
+        version, digest = self._installed
+        self._house.set_shut(
+            "reference",
+            f"version {version} ({digest[:16]}…) of the reference values was in force by the ledger, and the "
+            f"store has {stored}: install it again",
+        )
 
     def _use(self, reference: Reference, signatures: bytes, signed_by: tuple[str, ...]) -> None:
         self.reference = reference
@@ -210,7 +250,7 @@ class Custody:
 
         They are stored under the keys; while these are locked (after a drift that other values are to
         mend) they are in force and stored with the next unsealing. A vault that ends before it has
-        the old ones. `officer` is who asks for it, which gives no right to it.
+        none, until they are installed again. `officer` is who asks for it, which gives no right to it.
 
         Raises:
             MalformedError: not a document, or not signatures.
@@ -237,6 +277,7 @@ class Custody:
 
     def _check_order(self, new: Reference) -> None:
         if self.reference is None:
+            self._check_not_older(new)
             return
         if new.version <= self.reference.version:
             raise ConflictError(
@@ -248,6 +289,17 @@ class Custody:
                 f"and {self.reference_digest.hex()[:16]}… is in force"
             )
 
+    def _check_not_older(self, new: Reference) -> None:
+        """The store has lost what was in force: the same may come back, or what is newer."""
+        before = self._installed
+        if before is None or new.version > before.version:
+            return
+        if (new.version, reference_digest(new).hex()) != before:
+            raise ConflictError(
+                f"version {new.version} is not newer than version {before.version} ({before.digest[:16]}…), "
+                "which was in force by the ledger"
+            )
+
     def _store_reference(self) -> None:
         unstored, self._unstored = self._unstored, None
         if unstored is not None:
@@ -257,7 +309,8 @@ class Custody:
     # ── Retirement ────────────────────────────────────────────────────────────────────────────────
 
     def _clock(self) -> int:
-        """Unix time that does not go back while the vault lives: what has retired stays retired."""
+        """Unix time that goes back neither while the vault lives nor behind the ledger's last retirement:
+        what has retired stays retired."""
         self._now = max(self._now, int(time.time()))
         return self._now
 

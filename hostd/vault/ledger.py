@@ -13,6 +13,7 @@ and is cut off; anything else that does not read is refused.
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -58,8 +59,8 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 _ENCODER: Final = msgspec.json.Encoder()
 _DECODER: Final = msgspec.json.Decoder(Entry)
-_DRIFT: Final = b'"event":"drift"'
-_CLEAR: Final = b'"event":"clear"'
+_NOTED: Final = re.compile(rb'"event":"(?:drift|clear|officers|manifest|retire)"')
+"""Events that the next start needs to know of. (A caller's text cannot look so: its quotes are escaped.)"""
 
 
 class Ledger:
@@ -75,6 +76,8 @@ class Ledger:
         self.tree = Tree()
         self.open_drift: dict[str, int] = {}
         """As the file stood when it was opened: component → entry of a drift that no later entry clears."""
+        self.last: dict[str, Entry] = {}
+        """As the file stood when it was opened: `officers`, `manifest`, `retire` → the last such entry."""
         self._buffer: list[bytes] = []
         self._failed: str | None = None
         self.bytes = 0
@@ -108,11 +111,11 @@ class Ledger:
                     raise LedgerError(f"{self.path}: line {number + 1} is not entry {number}")
                 self.tree.append(leaf_hash(body))
                 end += len(line)
-                if _DRIFT in body or _CLEAR in body:
-                    self._note_drift(number, body)
+                if _NOTED.search(body):
+                    self._note(number, body)
         return end
 
-    def _note_drift(self, number: int, body: bytes) -> None:
+    def _note(self, number: int, body: bytes) -> None:
         try:
             entry = _DECODER.decode(body)
         except ValueError as error:
@@ -121,6 +124,8 @@ class Ledger:
             self.open_drift[entry.op] = entry.seq
         elif entry.event == "clear":
             self.open_drift.pop(entry.op, None)
+        else:
+            self.last[entry.event] = entry
 
     @property
     def size(self) -> int:

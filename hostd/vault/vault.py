@@ -97,6 +97,7 @@ class Vault:
             keyring=self.keyring,
             mint=self.mint,
             tpm=self.tpm,
+            last=self.ledger.last,
         )
         self.drift = Drift(
             self,

@@ -18,6 +18,7 @@ from hostd.ipc.loop import Loop
 from hostd.platform.secretmem import SecretBuffer
 from hostd.vault.custody import Custody
 from hostd.vault.keyring import Keyring
+from hostd.vault.ledger import Entry
 from hostd.vault.mint import Mint
 from hostd.vault.store import Store
 from tests.support.officers import Officer, make
@@ -46,11 +47,15 @@ class SimulatedTpm:
 class House:
     """What custody asks of the vault; real store, keyring and loop."""
 
-    def __init__(self, folder: Path, loop: Loop, *officers: Officer) -> None:
+    def __init__(
+        self, folder: Path, loop: Loop, *officers: Officer, last: Mapping[str, Entry] | None = None
+    ) -> None:
         path = folder / "store.sqlite"
         self.store = Store(path, create=not path.exists())
         self.keyring = Keyring(self.store)
         self.entries: list[tuple[str, str, str, str]] = []
+        self.last = dict(last or {})
+        """As the ledger has it; a custody gets it as it was at its start."""
         self.shut: dict[str, str | None] = {}
         self.judged_by: list[Reference] = []
         self.custody = Custody(
@@ -62,12 +67,15 @@ class House:
             keyring=self.keyring,
             mint=Mint(loop),
             tpm=cast("Any", SimulatedTpm()),
+            last=dict(self.last),
         )
 
     def record(
         self, event: str, *, outcome: str = "done", principal: str = "", subject: str = "", detail: str = ""
     ) -> int:
         self.entries.append((event, outcome, principal, detail))
+        now = int(time.time() * 1000)
+        self.last[event] = Entry(len(self.entries), now, event, outcome, principal=principal, detail=detail)
         return len(self.entries)
 
     def set_shut(self, what: str, reason: str | None) -> None:
@@ -108,9 +116,12 @@ def start(tmp_path: Path, loop: Loop, alice: Officer) -> Iterator[Make]:
     made: list[House] = []
 
     def again() -> House:
+        last: Mapping[str, Entry] = {}
         if made:
-            made.pop().close()
-        made.append(House(tmp_path, loop, alice))
+            before = made.pop()
+            before.close()
+            last = before.last
+        made.append(House(tmp_path, loop, alice, last=last))
         return made[-1]
 
     yield again
@@ -204,6 +215,62 @@ def test_stored_values_without_their_signatures_open_nothing(
     assert not again.keyring.unlocked
 
 
+def rows(store: Store) -> dict[str, bytes | None]:
+    return {name: store.meta(name) for name in ("reference", "reference_signatures")}
+
+
+def put(store: Store, values: Mapping[str, bytes | None]) -> None:
+    """What root may do with the file while the vault is stopped."""
+    for name, value in values.items():
+        if value is None:
+            store._write("DELETE FROM meta WHERE name=?", name)
+        else:
+            store.set_meta(name, value)
+    store.commit()
+
+
+@pytest.mark.parametrize("what", ["older rows", "no rows"])
+def test_older_values_come_back_neither_by_the_store_nor_by_the_officers_old_signatures(
+    house: House, alice: Officer, start: Make, what: str
+) -> None:
+    first = document(files={PATH: (A, B)})
+    install(house, first, alice)
+    older = rows(house.store)
+    second = approve_next(first, {"/x": [A]}, created=2)
+    install(house, second, alice)
+    put(house.store, older if what == "older rows" else dict.fromkeys(older))
+    again = start()
+    again.custody.unseal()
+    assert again.custody.reference is None
+    assert again.custody.new_appraiser() is None
+    assert "version 2" in str(again.shut["reference"])
+    assert "install it again" in str(again.shut["reference"])
+    for refused in (first, document(files={PATH: (A,)}), approve_next(first, {"/x": [B]}, created=2)):
+        with pytest.raises(ConflictError):
+            install(again, refused, alice)
+    install(again, second, alice)
+    assert again.shut["reference"] is None
+    assert start().custody.reference is None
+    third = start()
+    third.custody.unseal()
+    assert third.custody.reference == second
+
+
+def test_officers_in_the_ledger_are_not_recorded_anew(
+    house: House, start: Make, tmp_path: Path, loop: Loop
+) -> None:
+    """Whoever writes to the configuration and to the store as well does not make himself an officer."""
+    names = ("officers", "channel_ca_key", "channel_ca_certificate", "reference", "reference_signatures")
+    put(house.store, dict.fromkeys(names))
+    last = house.last
+    house.close()
+    other = House(tmp_path, loop, make(tmp_path, "mallory"), last=last)
+    other.custody.unseal()
+    assert "the record of the officers is missing" in str(other.shut["keys"])
+    assert not other.keyring.unlocked
+    other.close()
+
+
 def run_until(loop: Loop, done: Any, seconds: float = 5.0) -> None:
     deadline = time.monotonic() + seconds
     while not done() and time.monotonic() < deadline:
@@ -239,5 +306,19 @@ def test_a_clock_that_is_set_back_brings_nothing_back(
     following = approve_next(document(retire={PATH: {A: now - 10}}), {"/x": [A]}, created=2)
     install(house, following, alice)
     judge = house.custody.new_appraiser()
+    assert judge is not None
+    assert judge.reference.expected(PATH) == (B,)
+
+
+def test_a_clock_that_is_set_back_while_the_vault_is_stopped_brings_nothing_back(
+    house: House, alice: Officer, start: Make, loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    due = int(time.time()) + 1
+    install(house, document(retire={PATH: {A: due}}), alice)
+    run_until(loop, lambda: house.judged_by)
+    monkeypatch.setattr(time, "time", lambda: due - 1000.0)
+    again = start()
+    again.custody.unseal()
+    judge = again.custody.new_appraiser()
     assert judge is not None
     assert judge.reference.expected(PATH) == (B,)

@@ -69,6 +69,7 @@ class Vault:
             keyring=self.keyring,
             mint=Mint(loop),
             tpm=cast("Any", SimulatedTpm()),
+            last={},
         )
         self.drift = Drift(
             self,

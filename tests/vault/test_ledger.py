@@ -242,3 +242,18 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         again.close()
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_what_the_next_start_needs_to_know_is_noted(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l")
+    said = ("manifest", "retire", "manifest", "operation", "drift", "drift", "clear")
+    for seq, event in enumerate(said):
+        op = "kernel" if seq == 4 else "ima"
+        ledger.append(Entry(seq, 1, event, "done", op=op, detail='"event":"officers"'))
+    ledger.sync()
+    assert ledger.last == {}
+    ledger.close()
+    again = Ledger(tmp_path / "l")
+    assert {event: entry.seq for event, entry in again.last.items()} == {"manifest": 2, "retire": 1}
+    assert again.open_drift == {"kernel": 4}
+    again.close()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from guestlib.errors import DeadlineError, OverloadedError, RefusedDriftError, UnavailableError
@@ -36,13 +37,15 @@ from hostd.core.findings import (
     Status,
     Verdict,
 )
+from hostd.vault.demand import Demand
 from hostd.vault.observers import Observers
-from hostd.vault.ring import Ring
+from hostd.vault.ring import HINT_PAUSE_NS, Ring
 from hostd.vault.waiting import Pass, Refused, Stamp, Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from guestlib.errors import HostdError
     from hostd.core.callers import Caller
     from hostd.core.readings import Hypervisor
 
@@ -157,10 +160,13 @@ class Gate:
             and (hypervisor.pid, hypervisor.start_time) == (caller.pid, caller.start_time)
         )
 
-    def _valid_until(self, component: Component) -> int:
-        """A request that arrived by then has a good reading of the component. -1: there is none."""
+    def _until(self, component: Component, *, good: bool = True) -> int:
+        """A request that arrived by then has a reading of the component: a good one, or (not `good`) one that
+        says how it stands. -1: there is none."""
         stamp = self._stamps.get(component)
-        if stamp is None or not self.acceptable(component, stamp.status):
+        if stamp is None or stamp.status is Status.PENDING:
+            return -1
+        if good and not self.acceptable(component, stamp.status):
             return -1
         return stamp.started + (self._standing_ns if component.kind in STANDING else 0)
 
@@ -168,7 +174,7 @@ class Gate:
         """Requests of the caller that arrived by then have all the readings they need. -1: none has."""
         if not self.bound(caller):
             return -1
-        return min(map(self._valid_until, self.needs(caller)))
+        return min(map(self._until, self.needs(caller)))
 
     def take(self, now: int) -> tuple[list[Waiting], Pass] | None:
         """The next batch that may execute now, callers in turn, and the pass it rests on."""
@@ -231,9 +237,9 @@ class Gate:
         for caller in [c for c, q in self._queues.items() if not q.requests]:
             self.drop(caller)
 
-    def _remove(self, which: object, error: object) -> list[Refused]:
-        assert callable(which)
-        assert callable(error)
+    def _remove(
+        self, which: Callable[[Waiting], bool], error: Callable[[Waiting], HostdError]
+    ) -> list[Refused]:
         refused: list[Refused] = []
         for queue in self._queues.values():
             kept: deque[Waiting] = deque()
@@ -258,37 +264,39 @@ class Gate:
 
     def observed(self, now: int) -> list[Waiting]:
         """Those whose readings are all there, or whose time is over: they are told how it stands."""
-        return self._observers.take(now, lambda o: not self._unseen(o))
-
-    def _unseen(self, observer: Waiting) -> set[Component]:
-        return {
-            c
-            for c in self.needs(observer.caller)
-            if (stamp := self._stamps.get(c)) is None
-            or stamp.status is Status.PENDING
-            or stamp.started + (self._standing_ns if c.kind in STANDING else 0) < observer.arrived
-        }
+        return self._observers.take(
+            now, lambda o: all(self._until(c, good=False) >= o.arrived for c in self.needs(o.caller))
+        )
 
     # ── Readings ──────────────────────────────────────────────────────────────────────────────────
 
     def next_reading(self, now: int, takes: Callable[[Component], bool]) -> Component | None:
         """The component to ask for now; it counts as asked for. `takes` says which the measurer takes.
         None: nothing is to be read, or it takes none of that."""
-        component = self.ring.next(now, lacking=self._lacking(), stamps=self._stamps, takes=takes)
+        requests, observers = Demand(), Demand()
+        for queue in self._queues.values():
+            if queue.requests and self.latched_for(queue.caller) is None:
+                requests.add(queue.caller, queue.requests[-1].arrived)
+        for observer in self._observers:
+            observers.add(observer.caller, observer.arrived)
+
+        def lacks(component: Component) -> bool:
+            return self._until(component) < requests.of(component) or (
+                self._until(component, good=False) < observers.of(component)
+            )
+
+        behind = {b for c in self.ring.pending if lacks(c) for b in self._behind(c)}
+        listed = self._stamps.get(GUESTS)
+        if (requests.vms.keys() | observers.vms.keys()) - self._hypervisors.keys() and (
+            listed is None or listed.started <= now - HINT_PAUSE_NS
+        ):
+            behind.add(GUESTS)  # somebody's machine is not on the list
+        component = self.ring.next(
+            now, lacks=lambda c: c in behind or lacks(c), stamps=self._stamps, takes=takes
+        )
         if component is not None:
             self.ring.asked(component, now)
         return component
-
-    def _lacking(self) -> set[Component]:
-        """What those who wait still need: the newest of a caller's requests, and each observer."""
-        lacking: set[Component] = set()
-        for queue in self._queues.values():
-            if queue.requests and self.latched_for(queue.caller) is None:
-                newest = queue.requests[-1].arrived
-                lacking |= {c for c in self.needs(queue.caller) if self._valid_until(c) < newest}
-        for observer in self._observers:
-            lacking |= self._unseen(observer)
-        return lacking.union(*map(self._behind, lacking))
 
     def _behind(self, component: Component) -> set[Component]:
         """What a component that is pending may be waiting for, unless it was read since: the shared files
@@ -306,7 +314,7 @@ class Gate:
     def guests(self, hypervisors: Iterable[Hypervisor]) -> None:
         """Takes note of which VM is which process, from a judged reading of `guests`."""
         before, self._hypervisors = self._hypervisors, {h.vm: h for h in hypervisors}
-        gone = {vm for vm, h in before.items() if _process(self._hypervisors.get(vm)) != _process(h)}
+        gone = {vm for vm, h in before.items() if not _same(self._hypervisors.get(vm), h)}
         gone |= {c.vm for c in self._stamps if c.vm and c.vm not in self._hypervisors}
         for component in [c for c in self._stamps if c.vm in gone]:
             del self._stamps[component]
@@ -382,9 +390,10 @@ class Gate:
         return any(c.kind not in VM_KINDS or self._host_scope for c in self._latched)
 
 
+@lru_cache(4096)
 def _of_vm(vm: str) -> frozenset[Component]:
     return frozenset(Component(kind, vm) for kind in VM_KINDS)
 
 
-def _process(hypervisor: Hypervisor | None) -> tuple[int, int] | None:
-    return None if hypervisor is None else (hypervisor.pid, hypervisor.start_time)
+def _same(now: Hypervisor | None, before: Hypervisor) -> bool:
+    return now is not None and (now.pid, now.start_time) == (before.pid, before.start_time)

@@ -11,12 +11,13 @@ A hint can only bring a reading forward. A flood of hints costs one reading of a
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from hostd.core.findings import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from random import Random
 
     from hostd.core.findings import Component, Kind
@@ -68,15 +69,14 @@ class Ring:
         self,
         now: int,
         *,
-        lacking: Collection[Component],
+        lacks: Callable[[Component], bool],
         stamps: Mapping[Component, Stamp],
         takes: Callable[[Component], bool],
     ) -> Component | None:
-        """The component to ask for: one of `lacking`, which somebody waits for, or one in the background.
+        """The component to ask for: one that somebody waits for (`lacks`), or one in the background.
         `takes` says which can be asked for now."""
-        wanted = [c for c in lacking if not self._paused(c, stamps.get(c), now)]
-        self.soon = bool(self._forward) or len(wanted) < len(lacking)
-        needed = min(filter(takes, wanted), key=self._order, default=None)
+        self.soon = bool(self._forward)
+        needed = self._needed(now, lacks, stamps, takes)
         if needed is not None and self._served < 1:
             self._served += 1
             return needed
@@ -90,8 +90,19 @@ class Ring:
         self._served = 0
         return due
 
-    def _order(self, component: Component) -> tuple[int, Component]:
-        return self._asked.get(component, -1), component
+    def _needed(
+        self,
+        now: int,
+        lacks: Callable[[Component], bool],
+        stamps: Mapping[Component, Stamp],
+        takes: Callable[[Component], bool],
+    ) -> Component | None:
+        for component in chain(self._never, self._asked):
+            if takes(component) and lacks(component):
+                if not self._paused(component, stamps.get(component), now):
+                    return component
+                self.soon = True
+        return None
 
     def _paused(self, component: Component, stamp: Stamp | None, now: int) -> bool:
         """Whether it was found pending a moment ago: reading it again at once would spin."""
@@ -142,6 +153,11 @@ class Ring:
             self._pending.add(component)
         else:
             self._pending.discard(component)
+
+    @property
+    def pending(self) -> frozenset[Component]:
+        """Components that were pending when they were read last."""
+        return frozenset(self._pending)
 
     def bring_forward(self, component: Component) -> None:
         """The component is read soon, whenever it was read last. What is being read is read again."""

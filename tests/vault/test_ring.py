@@ -29,7 +29,9 @@ from tests.vault.support_gate import (
     VM_A,
     VM_B,
     A,
+    caller_of,
     finding,
+    hypervisor,
     make_gate,
     of_vm,
     read,
@@ -110,6 +112,37 @@ def test_readings_are_asked_for_observers_and_not_for_the_latched() -> None:
     while (component := ask(gate, 10, *seen)) is not None:
         seen.append(component)
     assert set(seen) == {*HOST, *of_vm(VM_A)} - {domain_of(VM_A)}
+
+
+def test_a_caller_whose_vm_is_not_on_the_list_has_the_list_read_again_and_not_at_once() -> None:
+    gate = swept(vms=(VM_B,))
+    gate.arrive(request(A, arrived=0))
+    assert ask(gate, HINT_PAUSE_NS - 1) is None
+    assert ask(gate, HINT_PAUSE_NS) == GUESTS
+    read(gate, GUESTS, at=HINT_PAUSE_NS)
+    assert ask(gate, 2 * HINT_PAUSE_NS - 1) is None
+    gate.drop(A)
+    assert ask(gate, 9 * HINT_PAUSE_NS) is None
+
+
+def test_choosing_is_cheap_with_many_machines_waiting() -> None:
+    """Each component is looked at a few times at most, however many wait."""
+    many = tuple(f"{n:08x}-0000-4000-8000-00000000000a" for n in range(300))
+    gate = swept(vms=many)
+    for vm in many:
+        gate.arrive(request(caller_of(hypervisor(vm)), arrived=1))
+    looked = 0
+
+    def takes(component: Component) -> bool:
+        nonlocal looked
+        looked += 1
+        return component.kind is not None
+
+    for now in range(2, 22):
+        component = gate.next_reading(now, takes)
+        assert component is not None
+        read(gate, component, at=now)
+    assert looked < 20 * len(gate.known)
 
 
 # ── Pending ───────────────────────────────────────────────────────────────────────────────────────

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from hostd.core.readings import EXEC, READ, WRITE
 from hostd.core.reference import DELETED
 from hostd.measurer.elf import MalformedElfError
+from hostd.measurer.elf_image import PF_W, PF_X
 from hostd.measurer.linking import Linking, Module, parse_module
 from hostd.platform.pages import PAGE, whole_pages
 from hostd.platform.procfs import ProcessGoneError
@@ -24,6 +25,7 @@ from hostd.platform.procfs import ProcessGoneError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from hostd.measurer.elf_image import Load
     from hostd.measurer.files import File, Registry
     from hostd.platform.procfs import ProcessHandle, Vma
 
@@ -131,12 +133,9 @@ class Modules:
                 continue
             found = list(_instances(module, mapped))
             loaded += [Loaded(file.number, base, _writable(module, base, mapped)) for base in found]
-            code = [
-                (base + load.address // PAGE * PAGE, base + whole_pages(load.address + load.size))
-                for base in found
-                for load in module.image.loads
-            ]
-            stray = [v for v in mapped if v.protection & EXEC and not _inside(v, code)]
+            if odd := next(filter(None, (_displaced(module, base, mapped) for base in found)), None):
+                uncovered.append(f"{file.path}: {odd}")
+            stray = [v for v in mapped if v.protection & EXEC and not _in_place(v, module, found)]
             if stray:
                 uncovered.append(f"{file.path}: mapped as code at {stray[0].start:#x}, not as it is linked")
         vdso = next(((v.start, v.end) for v in vmas if v.name == VDSO and not v.inode), None)
@@ -195,8 +194,54 @@ def _maps(mapped: list[Vma], address: int, offset: int) -> bool:
     )
 
 
-def _inside(vma: Vma, code: list[tuple[int, int]]) -> bool:
-    return any(start <= vma.start and vma.end <= end for start, end in code)
+def _in_place(vma: Vma, module: Module, bases: list[int]) -> bool:
+    """Whether an executable mapping is a part of a segment of code, at its address. Elsewhere the same code
+    would take its data and slots from what stands beside it there."""
+    for load in module.image.loads:
+        if load.flags & PF_X:
+            low, high = _pages(load)
+            for base in bases:
+                if (
+                    base + low <= vma.start
+                    and vma.end <= base + high
+                    and vma.offset - vma.start == load.offset - load.address - base
+                ):
+                    return True
+    return False
+
+
+def _displaced(module: Module, base: int, mapped: list[Vma]) -> str:
+    """What of the code, the constants and the protected region of a loaded file is not mapped from the file,
+    from the offset that belongs there, with the rights it is linked with; empty: nothing. A hole may hide an
+    altered page that nobody looks at, or be filled with memory that is no file's."""
+    loads = module.image.loads
+    wanted: list[tuple[int, int, Load, int]] = []
+    for load, following in zip(loads, (*loads[1:], None), strict=True):
+        low, high = _pages(load)
+        if following is not None:
+            # The later one is mapped over a page that two segments share.
+            high = min(high, _pages(following)[0])
+        if load.flags & PF_W:
+            first, last = module.image.relro
+            low, high = max(low, first // PAGE * PAGE), min(high, last // PAGE * PAGE)
+        wanted.append((base + low, base + high, load, load.flags & (READ | EXEC)))
+    for start, end, load, rights in wanted:
+        at = start
+        for vma in mapped:
+            if (
+                vma.start <= at < vma.end
+                and vma.offset - vma.start == load.offset - load.address - base
+                and vma.protection & rights == rights
+            ):
+                at = vma.end
+        if at < end:
+            return f"not mapped at {at:#x} as it is linked"
+    return ""
+
+
+def _pages(load: Load) -> tuple[int, int]:
+    """The pages that a segment's part of the file takes, before the load address is added."""
+    return load.address // PAGE * PAGE, whole_pages(load.address + load.file_size)
 
 
 def _writable(module: Module, base: int, mapped: list[Vma]) -> bool:

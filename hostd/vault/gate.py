@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from hostd.core.readings import Hypervisor
 
 HOST_COMPONENTS = frozenset({GUESTS, BOOT, POSTURE, IMA, KERNEL, FILES, SELF})
+ALWAYS = frozenset({Kind.GUESTS, Kind.PROCESS})
+"""Kinds that must be verified whatever the configuration requires: who is who is known by them."""
 STANDING = frozenset({Kind.DOMAIN})
 """Kinds that change by events of their own and are read in turn and on hints: a request rests on the
 latest reading of its VM's, if that is not too old, instead of on one of its own."""
@@ -112,9 +114,7 @@ class Gate:
         if status is Status.VERIFIED:
             return True
         return (
-            status is Status.ABSENT
-            and component.kind is not Kind.PROCESS
-            and component.kind not in self._require
+            status is Status.ABSENT and component.kind not in ALWAYS and component.kind not in self._require
         )
 
     def latched_for(self, caller: Caller) -> Component | None:

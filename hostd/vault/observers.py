@@ -36,7 +36,8 @@ class Observers:
         """Removes and returns those who have seen everything, or whose time is over."""
         ready = [o for o in self._waiting if o.deadline <= now or seen(o)]
         if ready:
-            self._waiting = [o for o in self._waiting if o not in ready]
+            gone = set(map(id, ready))
+            self._waiting = [o for o in self._waiting if id(o) not in gone]
         return ready
 
     def leave(self, caller: Caller) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from guestlib.errors import DeadlineError, OverloadedError, RefusedDriftError, UnavailableError
@@ -101,6 +103,18 @@ def test_only_verified_is_good(component: Component, status: Status) -> None:
     gate.arrive(request(A, arrived=10))
     read_all(gate, at=10)
     read(gate, component, at=11, status=status)
+    assert taken(gate) == []
+
+
+@pytest.mark.parametrize("component", [GUESTS, process_of(VM_A)], ids=str)
+def test_who_is_who_is_always_required(component: Component) -> None:
+    """Otherwise a list of machines that is no longer read would go on saying which process a VM is."""
+    gate = make_gate(require=frozenset())
+    read_all(gate, at=5)
+    gate.arrive(request(A, 8))
+    read_all(gate, at=10)
+    assert not gate.acceptable(component, Status.ABSENT)
+    assert len(read(gate, component, at=11, status=Status.ABSENT)) == 1
     assert taken(gate) == []
 
 
@@ -441,3 +455,13 @@ def test_the_last_good_reading_is_remembered_whatever_came_after() -> None:
     assert (gate.last_good[IMA], gate.last_good[PROCESS_A], gate.last_good[FILES]) == (10, 10, 30)
     gate.guests([hypervisor(VM_B)])
     assert PROCESS_A not in gate.last_good
+
+
+def test_many_observers_are_told_at_once() -> None:
+    """Compared with each other they took the vault seconds, in which nobody was answered."""
+    gate = make_gate()
+    for uid in range(5000):
+        gate.observe(request(Caller(uid=uid), arrived=10, deadline=50))
+    began = time.monotonic()
+    assert len(gate.observed(50)) == 5000
+    assert time.monotonic() - began < 1.0

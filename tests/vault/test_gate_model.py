@@ -83,7 +83,7 @@ class GateMachine(RuleBasedStateMachine):
         return HOST | {Component(kind, vm) for vm in vms for kind in VM_KINDS}
 
     def good(self, component: Component, status: Status) -> bool:
-        tolerated = component.kind is not Kind.PROCESS and component.kind not in self.require
+        tolerated = component.kind not in (Kind.GUESTS, Kind.PROCESS) and component.kind not in self.require
         return status is Status.VERIFIED or (status is Status.ABSENT and tolerated)
 
     def closed_by_drift(self, caller: Caller) -> bool:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MAX_SYMBOLS: Final = 1_000_000
 """Of one file; QEMU has 20,024."""
 MAX_VERSIONS: Final = 4096
-MAX_CHAIN: Final = 4096
+MAX_CHAIN: Final = 256
 """Symbols tried for one name; a table that needs more was not made by a linker."""
 
 SYMBOL: Final = struct.Struct("<IBBHQQ")

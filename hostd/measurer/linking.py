@@ -42,6 +42,8 @@ from hostd.measurer.elf_symbols import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hostd.measurer.elf_image import Image
     from hostd.measurer.elf_relocations import Relocated
 
@@ -49,6 +51,9 @@ _BY_SLOT: Final = frozenset({R_JUMP_SLOT, R_DTPMOD64, R_DTPOFF64, R_TPOFF64, R_T
 """Lookups for which a stub in the program is no definition (elf_machine_type_class)."""
 _WORDS: Final = (1 << 64) - 1
 NOWHERE: Final = -1
+STEP_SLOTS: Final = 32
+"""References linked in one step. One takes some 10 us, and 10 ms if its process maps 512 files whose tables
+were made to be slow."""
 SERVED: Final = tuple(
     Wanted(name, b"", False)
     for name in (b"malloc", b"calloc", b"realloc", b"free", b"pthread_mutex_lock", b"pthread_mutex_unlock")
@@ -139,24 +144,33 @@ class Linking:
     _filters: list[Filter | None] = field(default_factory=list)
     _found: dict[tuple[int, Wanted, bool], Target | None] = field(default_factory=dict)
     _hashes: dict[bytes, int] = field(default_factory=dict)
+    _orders: dict[int, list[int]] = field(default_factory=dict)
+    _work: Iterator[bool] | None = None
 
     def step(self) -> bool:
-        """Links one more module; False: all are."""
-        number = len(self.slots)
-        if number == len(self.modules):
-            return False
-        if not number:
+        """Links a few more references; False: all are."""
+        if self._work is None:
             self._scope = self._reach(self.main)
             self._filters = [module.symbols.filter for module in self.modules]
-        relocated = self.modules[number].relocated
-        self.slots.append(tuple(self._slot(number, item) for item in relocated.named))
-        self.loose.append(
-            tuple(
-                self._slot(number, item, word)
-                for item, word in zip(relocated.loose, relocated.loose_words, strict=True)
-            )
-        )
-        return True
+            self._work = self._steps()
+        return next(self._work, False)
+
+    def _steps(self) -> Iterator[bool]:
+        for number, module in enumerate(self.modules):
+            relocated = module.relocated
+            slots: list[Slot] = []
+            loose: list[Slot] = []
+            for item in relocated.named:
+                slots.append(self._slot(number, item))
+                if not len(slots) % STEP_SLOTS:
+                    yield True
+            for item, word in zip(relocated.loose, relocated.loose_words, strict=True):
+                loose.append(self._slot(number, item, word))
+                if not len(loose) % STEP_SLOTS:
+                    yield True
+            self.slots.append(tuple(slots))
+            self.loose.append(tuple(loose))
+            yield True
 
     def _reach(self, start: int) -> list[int]:
         """A module and what it needs, breadth first."""
@@ -208,7 +222,9 @@ class Linking:
         in_scope = number in self._scope and not module.image.symbolic
         key = (NOWHERE if in_scope else number, wanted, slot)
         if key not in self._found:
-            self._found[key] = self._search(self._order(number), wanted, slot)
+            if number not in self._orders:
+                self._orders[number] = self._order(number)
+            self._found[key] = self._search(self._orders[number], wanted, slot)
         found = self._found[key]
         if found is None and symbol.binding == 2:
             return NONE
@@ -220,10 +236,10 @@ class Linking:
         order += self._scope
         if number not in self._scope:
             unmet = len(self.unmet)
-            order += [other for other in self._reach(number) if other not in order]
+            order += self._reach(number)
             del self.unmet[unmet:]
-            order += [other for other in range(len(self.modules)) if other not in order]
-        return order
+            order += range(len(self.modules))
+        return list(dict.fromkeys(order))
 
     def _search(self, order: list[int], wanted: Wanted, slot: bool) -> Target | None:
         hashed = self._hash(wanted.name)

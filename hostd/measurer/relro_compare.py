@@ -214,7 +214,7 @@ class Comparison:
         if relocated.is_plain(own):
             return self._linker(number, value) or self._served(value) if number in self._linkers else ""
         item = self._item(number, own)
-        if item is not None and self._interposed(number, item, value):
+        if item is not None and self._interposed(number, item, value, outcome):
             outcome.interposed += 1
             return "interposed"
         return ""
@@ -223,7 +223,10 @@ class Comparison:
         index = (own - relocated.start) // WORD  # type: ignore[attr-defined]
         return int(relocated.words >> (64 * index) & (1 << 64) - 1)  # type: ignore[attr-defined]
 
-    def _interposed(self, number: int, item: Named, value: int) -> bool:
+    def _interposed(self, number: int, item: Named, value: int, outcome: Outcome) -> bool:
+        if outcome.total + outcome.interposed >= MAX_ODD:
+            # Nobody has so many; looking for the definitions of each would take seconds.
+            return False
         for target in self._linking.alternatives(number, item):
             if target.ifunc:
                 if self._in_code_of(value, {target.module, VDSO_MODULE}):
@@ -287,7 +290,7 @@ class Comparison:
                 expected = [slot.value(self._bases)]
                 if value == expected[0]:
                     continue
-                if self._interposed(number, slot.item, value):
+                if self._interposed(number, slot.item, value, outcome):
                     outcome.interposed += 1
                     if known.words.setdefault(address, value) == value:
                         continue

@@ -18,6 +18,7 @@ from hostd.core.readings import EXEC, READ, WRITE
 from hostd.core.reference import DELETED
 from hostd.measurer.elf import MalformedElfError
 from hostd.measurer.elf_image import PF_W, PF_X
+from hostd.measurer.files import TooMuchError
 from hostd.measurer.linking import Linking, Module, parse_module
 from hostd.platform.pages import PAGE, whole_pages
 from hostd.platform.procfs import ProcessGoneError
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _libc: Final = ctypes.CDLL(None)
 KEEP_S: Final = 60.0
 MAX_MODULES: Final = 512
+MAX_PIECES: Final = 128
+"""Mappings of one file; a loaded library has five. Each is compared with each other one."""
 VDSO: Final = "[vdso]"
 
 
@@ -131,6 +134,9 @@ class Modules:
                     reason = file.refusal or self._refused.get(file.number) or "it is not linked dynamically"
                     uncovered.append(f"{file.path}: {reason}")
                 continue
+            if len(mapped) > MAX_PIECES:
+                uncovered.append(f"{file.path}: mapped in {len(mapped)} pieces, over {MAX_PIECES}")
+                continue
             found = list(_instances(module, mapped))
             loaded += [Loaded(file.number, base, _writable(module, base, mapped)) for base in found]
             if odd := next(filter(None, (_displaced(module, base, mapped) for base in found)), None):
@@ -138,6 +144,8 @@ class Modules:
             stray = [v for v in mapped if v.protection & EXEC and not _in_place(v, module, found)]
             if stray:
                 uncovered.append(f"{file.path}: mapped as code at {stray[0].start:#x}, not as it is linked")
+        if len(loaded) > MAX_MODULES:
+            raise TooMuchError(f"over {MAX_MODULES} ELF files are loaded")
         vdso = next(((v.start, v.end) for v in vmas if v.name == VDSO and not v.inode), None)
         execs = tuple((v.start, v.end) for v in vmas if v.protection & EXEC)
         # By number: addresses are random, and processes with the same files are to share a linking.

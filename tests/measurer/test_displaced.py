@@ -10,7 +10,7 @@ import pytest
 
 from hostd.core.codes import Code
 from hostd.core.findings import Status
-from hostd.core.readings import EXEC, READ
+from hostd.core.readings import EXEC, READ, WRITE
 from tests.measurer.test_relro import assert_good, verdict
 from tests.support import qemu, tamper
 
@@ -53,9 +53,9 @@ def test_code_of_the_same_file_from_elsewhere(watched: Watched, vm: qemu.Vm, nam
     assert_good(watched, vm)
     text = tamper.mapping(vm.pid, name, READ | EXEC)
     at = text.start + 3 * PAGE
-    remap(vm.pid, at, text.name, READ | EXEC, text.offset + 8 * PAGE)
+    remap(vm.pid, at, text.name, mmap.PROT_READ | mmap.PROT_EXEC, text.offset + 8 * PAGE)
     assert_named(watched, vm, at)
-    remap(vm.pid, at, text.name, READ | EXEC, text.offset + 3 * PAGE)
+    remap(vm.pid, at, text.name, mmap.PROT_READ | mmap.PROT_EXEC, text.offset + 3 * PAGE)
     assert_good(watched, vm)
 
 
@@ -64,9 +64,9 @@ def test_code_where_its_file_has_data(watched: Watched, vm: qemu.Vm) -> None:
     watched.approve()
     assert_good(watched, vm)
     text = tamper.mapping(vm.pid, "qemu-under-test", READ | EXEC)
-    data = next(v for v in tamper.maps(vm.pid) if v.name == text.name and v.protection & 2)
+    data = next(v for v in tamper.maps(vm.pid) if v.name == text.name and v.protection & WRITE)
     at = data.end - PAGE
-    remap(vm.pid, at, text.name, READ | EXEC, text.offset)
+    remap(vm.pid, at, text.name, mmap.PROT_READ | mmap.PROT_EXEC, text.offset)
     assert_named(watched, vm, at)
 
 
@@ -77,7 +77,7 @@ def test_constants_of_no_file(watched: Watched, vm: qemu.Vm, name: str) -> None:
     assert_good(watched, vm)
     at = constants(vm.pid, name).start + PAGE
     was = tamper.read(vm.pid, at, PAGE)
-    tamper.syscall(vm.pid, tamper.SYS_MMAP, at, PAGE, READ, ANONYMOUS, -1, 0)
+    tamper.syscall(vm.pid, tamper.SYS_MMAP, at, PAGE, mmap.PROT_READ, ANONYMOUS, -1, 0)
     tamper.write(vm.pid, at, was[:-1] + b"\xff")
     assert_named(watched, vm, at)
 
@@ -101,6 +101,6 @@ def test_protected_data_in_memory_of_no_file(watched: Watched, vm: qemu.Vm) -> N
     protected = [v for v in tamper.maps(vm.pid) if v.name == text.name and v.protection == READ][-1]
     at = protected.start + PAGE
     was = tamper.read(vm.pid, at, PAGE)
-    tamper.syscall(vm.pid, tamper.SYS_MMAP, at, PAGE, READ | 2, ANONYMOUS, -1, 0)
+    tamper.syscall(vm.pid, tamper.SYS_MMAP, at, PAGE, mmap.PROT_READ | mmap.PROT_WRITE, ANONYMOUS, -1, 0)
     tamper.write(vm.pid, at, was)
     assert_named(watched, vm, at)

@@ -97,7 +97,7 @@ class Measure(Section, frozen=True):
     """Path prefixes whose IMA entries must have a digest of the manifest."""
     survey: tuple[str, ...] = (
         *("/usr/bin/", "/usr/sbin/", "/usr/lib/", "/usr/libexec/", "/opt/hostd/"),
-        *("/usr/share/qemu/", "/usr/share/seabios/", "/usr/share/OVMF/"),
+        *("/usr/share/qemu/", "/usr/share/seabios/", "/usr/share/OVMF/", "/usr/share/zoneinfo/"),
     )
     """What `hostctl manifest from-host` hashes besides the files that hypervisors have mapped: of folders
     below `/usr/share/` every file (QEMU reads firmware and keymaps there), of others what holds code."""

@@ -68,7 +68,7 @@ class QuickMeasurer:
     def __init__(self) -> None:
         self.registry = SlowRegistry()
 
-    def answer(self, request: Any) -> Reading:
+    def answer(self, request: Any, *_when: int) -> Reading:
         return Missing(f"{request.kind}", absent=False)
 
 

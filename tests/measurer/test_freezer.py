@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import pytest
 
+from hostd.core.findings import Kind
+from hostd.ipc.measuring import Ask
 from hostd.measurer import freezer as module
 from hostd.measurer.freezer import NOTE, Freezer, scope_of, thaw_left
 from hostd.measurer.probes import Measurer
@@ -228,13 +230,15 @@ def test_when_it_is_frozen(bench: Bench, mode: Any, altered: int, frozen: list[b
     measurer = Measurer.__new__(Measurer)
     measurer._freezer, measurer.freeze = bench.freezer, ""
     guest = SimpleNamespace(found=SimpleNamespace(handle=Handle()))
+    measurer._named = lambda **_: guest  # type: ignore[method-assign, assignment, return-value]
     seen: list[bool] = []
 
-    def read() -> Any:
+    def read(*_: Any) -> Any:
         seen.append(bench.state == "1")
         return SimpleNamespace(altered_total=altered)
 
-    measurer._still(cast("Any", guest), read)
+    measurer._read_process = read  # type: ignore[method-assign]
+    measurer.answer(Ask(0, Kind.PROCESS, "vm"))
     assert seen == (frozen or [False])
     assert measurer.freeze == ("frozen" if True in frozen else "")
     assert bench.state == "0"

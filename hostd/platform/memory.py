@@ -78,7 +78,7 @@ class MemoryReader:
         read is for the caller to check afterwards.
 
         Raises:
-            ProcessGoneError: it ended, or does not have that memory (any more).
+            ProcessGoneError: it ended, or does not have that memory (any more), or not where it can be read.
             MemoryRefusedError: it may not be read.
         """
         done = 0
@@ -122,13 +122,14 @@ class MemoryReader:
         end = address + length
         while address < end:
             entry = int.from_bytes(os.pread(pagemap, ENTRY_BYTES, address // PAGE * ENTRY_BYTES), "little")
+            # The process has a say in what of it is in memory, so this is no fault of the host.
             if not entry & PRESENT or not entry & FRAME:
-                raise MemoryRefusedError("a page is not in memory, and cannot be brought in from here")
+                raise ProcessGoneError("a page is not in memory, and cannot be brought in from here")
             physical = (entry & FRAME) * PAGE + address % PAGE
             size = min(end - address, PAGE - address % PAGE)
             offset = next((o + physical - s for s, e, o in segments if s <= physical < e), None)
             if offset is None:
-                raise MemoryRefusedError("/proc/kcore does not show that page")
+                raise ProcessGoneError("/proc/kcore does not show that page")
             if os.preadv(kcore, [self._view[done : done + size]], offset) != size:
                 raise MemoryRefusedError("/proc/kcore gives less than it says")
             address, done = address + size, done + size
@@ -146,8 +147,11 @@ def _segments(kcore: int) -> list[tuple[int, int, int]]:
     data = os.pread(kcore, count * _PROGRAM.size, table)
     if len(data) != count * _PROGRAM.size:
         raise MemoryRefusedError("/proc/kcore is cut")
-    return [
+    segments = [
         (physical, physical + size, offset)
         for kind, _, offset, _, physical, size, _, _ in _PROGRAM.iter_unpack(data)
         if kind == 1 and physical != _NO_PHYSICAL and size
     ]
+    if not segments:
+        raise MemoryRefusedError("/proc/kcore shows no memory")
+    return segments

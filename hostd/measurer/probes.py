@@ -28,6 +28,7 @@ from hostd.measurer.relro import RelroProbe
 from hostd.measurer.tags import Tagger
 from hostd.platform.pages import OwnPages
 from hostd.platform.procfs import MalformedProcError, ProcessGoneError
+from hostd.platform.vmas import MapsReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,22 +52,26 @@ class Measurer:
         pages = OwnPages()
         tagger = Tagger()
         self._lane = Lane()
+        maps = MapsReader()
         self.registry = Registry(tagger)
         self._contents = ContentsProbe(self.registry, tagger, pages, self._lane)
         self.guests = GuestsProbe(config.hypervisor)
-        self.processes = ProcessProbe(self.registry, tagger, pages, self._lane)
+        self.processes = ProcessProbe(self.registry, tagger, pages, self._lane, maps=maps)
         self._posture = PostureProbe()
         self._ima = ImaProbe()
         self._boot = BootProbe()
         self._kernel: KernelProbe | None = None
-        self._relro = RelroProbe(self.registry, tagger)
+        self._relro = RelroProbe(self.registry, tagger, self._lane, maps=maps)
         self._domain = DomainProbe(self.guests)
         self._self = SelfProbe(self.registry, self.processes)
         self.guests.look()
 
-    def answer(self, request: Ask | AskFile | AskWho) -> Reading:
+    def answer(self, request: Ask | AskFile | AskWho, taken: int | None = None) -> Reading:
         """One reading. Takes about a millisecond; a file's identification takes more, and the server has it
         done in slices (`hostd.measurer.identify.Turns`), and the kernel in a thread (`hostd.measurer.apart`).
+
+        `taken`: when the request had been received (`time.monotonic_ns`). What was read of the same process
+        since then, for the request before, need not be read again. None: everything is read now.
         """
         self.freeze = ""
         try:
@@ -83,7 +88,7 @@ class Measurer:
                     return self._read_files()
                 case Ask(kind=Kind.PROCESS):
                     guest = self._named(vm=request.vm)
-                    return self._still(guest, lambda: self._read_process(guest))
+                    return self._still(guest, taken, lambda since: self._read_process(guest, since))
                 case Ask(kind=Kind.BOOT):
                     return self._boot.read(request.position)
                 case Ask(kind=Kind.KERNEL):
@@ -91,8 +96,7 @@ class Measurer:
                     return self._kernel.read(request.part)
                 case Ask(kind=Kind.RELRO):
                     guest = self._named(vm=request.vm)
-                    handle = guest.found.handle
-                    return self._still(guest, lambda: self._relro.read(guest.hypervisor, handle))
+                    return self._still(guest, taken, lambda since: self._read_relro(guest, since))
                 case Ask(kind=Kind.DOMAIN):
                     return self._domain.read(self._named(vm=request.vm))
                 case Ask(kind=Kind.SELF):
@@ -106,15 +110,16 @@ class Measurer:
         except (ProcessGoneError, MalformedProcError, TooMuchError, PostureError, OSError) as error:
             return Missing(str(error)[:512], absent=False)
 
-    def _still(self, guest: Guest, read: Callable[[], Reading]) -> Reading:
-        """A reading of a VM's process, which stands still meanwhile if `gate.freeze` says so."""
+    def _still(self, guest: Guest, taken: int | None, read: Callable[[int | None], Reading]) -> Reading:
+        """A reading of a VM's process, which stands still meanwhile if `gate.freeze` says so. While it does,
+        nothing counts that was read before."""
         freezer = self._freezer
         if freezer.mode != "always":
-            reading = read()
+            reading = read(taken)
             if freezer.mode == "never" or not getattr(reading, "altered_total", 0):
                 return reading
         with freezer.still(guest.found.handle) as self.freeze:
-            return read()
+            return read(None)
 
     def _forget(self) -> None:
         alive = self.guests.alive() | self._self.alive()
@@ -140,9 +145,12 @@ class Measurer:
             return Missing(f"pid {request.pid} is no hypervisor process", absent=True)
         return self._read_process(_only(matching, f"pid {request.pid}"))
 
-    def _read_process(self, guest: Guest) -> ProcessReading:
+    def _read_process(self, guest: Guest, since: int | None = None) -> ProcessReading:
         fresh = self.guests.refresh(guest)
-        return self.processes.read(fresh.hypervisor, fresh.found.handle)
+        return self.processes.read(fresh.hypervisor, fresh.found.handle, since)
+
+    def _read_relro(self, guest: Guest, since: int | None) -> Reading:
+        return self._relro.read(guest.hypervisor, guest.found.handle, since)
 
     def _read_files(self) -> FilesReading:
         self._self.enroll()

@@ -141,8 +141,8 @@ class ProcessProbe:
         """
         self._keep(hypervisor, self._plan(hypervisor, handle))
 
-    def read(self, hypervisor: Hypervisor, handle: ProcessHandle) -> ProcessReading:
-        """Reads the process.
+    def read(self, hypervisor: Hypervisor, handle: ProcessHandle, since: int | None = None) -> ProcessReading:
+        """Reads the process, with mappings as they were at `since` (`monotonic_ns`) or later; None: now.
 
         Raises:
             ProcessGoneError: it ended, is another process, or executed another program meanwhile.
@@ -152,19 +152,19 @@ class ProcessProbe:
         before = handle.stat()
         if before.ended or before.start_time != hypervisor.start_time:
             raise ProcessGoneError("the process has ended")
-        plan, altered, total = self._compare(hypervisor, handle)
+        plan, altered, total = self._compare(hypervisor, handle, since)
         _same_program(before, handle.stat())
         return ProcessReading(hypervisor, plan.mappings, altered, total)
 
     # ── Mappings ──────────────────────────────────────────────────────────────────────────────────
 
-    def _look(self, hypervisor: Hypervisor, handle: ProcessHandle) -> tuple[_Last, bytes]:
+    def _look(self, hypervisor: Hypervisor, handle: ProcessHandle, since: int | None) -> tuple[_Last, bytes]:
         """The plan as the mappings are now, and the page table's entries for it."""
         last = self._last.get((hypervisor.pid, hypervisor.start_time))
         if last is not None:
             self._lane.start(_entries, handle, last.plan.spans)
             try:
-                state = self._tagger.tag(self._maps.state(handle))
+                state = self._tagger.tag(self._maps.state(handle, since))
             except BaseException:
                 with contextlib.suppress(Exception):
                     self._lane.result()
@@ -254,23 +254,21 @@ class ProcessProbe:
     # ── Pages ─────────────────────────────────────────────────────────────────────────────────────
 
     def _compare(
-        self, hypervisor: Hypervisor, handle: ProcessHandle
+        self, hypervisor: Hypervisor, handle: ProcessHandle, since: int | None
     ) -> tuple[Plan, tuple[AlteredPage, ...], int]:
         odd: list[int] = []
         plan: Plan | None = None
         for wait in (None, *RETRY_S):
             if wait:
                 time.sleep(wait)
-            last, target = self._look(hypervisor, handle)
+            last, target = self._look(hypervisor, handle, since if wait is None else None)
             if last.plan is not plan:
                 plan, odd = last.plan, []
             if odd:
                 _populate(plan, odd)
             frames = self._frames.of(plan.shape, anew=bool(odd))
             seen = self._tagger.tag(target), frames.version
-            if last.good == seen:
-                return plan, (), 0
-            now = differing(target, frames.entries)
+            now = [] if last.good == seen else differing(target, frames.entries)
             if not now:
                 last.good = seen
                 return plan, (), 0

@@ -41,8 +41,10 @@ from hostd.platform.vmas import MapsReader
 if TYPE_CHECKING:
     from hostd.core.readings import Hypervisor
     from hostd.measurer.files import Registry
+    from hostd.measurer.lane import Lane
     from hostd.measurer.linking import Linking
     from hostd.measurer.tags import Tagger
+    from hostd.platform.memory import Piece
     from hostd.platform.procfs import ProcessHandle, Vma
 
 STEP_S: Final = 0.02
@@ -91,11 +93,13 @@ class RelroProbe:
         self,
         registry: Registry,
         tagger: Tagger,
+        lane: Lane,
         *,
         maps: MapsReader | None = None,
         memory: MemoryReader | None = None,
     ) -> None:
         self._tagger = tagger
+        self._lane = lane
         self._modules = Modules(registry)
         self._names = Names(registry)
         self._maps = maps or MapsReader()
@@ -107,8 +111,11 @@ class RelroProbe:
             del self._states[key]
         self._modules.drop_idle()
 
-    def read(self, hypervisor: Hypervisor, handle: ProcessHandle) -> RelroReading | Missing:
-        """One reading; Missing, not absent, while it cannot be said yet.
+    def read(
+        self, hypervisor: Hypervisor, handle: ProcessHandle, since: int | None = None
+    ) -> RelroReading | Missing:
+        """One reading; Missing, not absent, while it cannot be said yet. Rests on mappings as they were at
+        `since` (`time.monotonic_ns`) or later; None: as they are now.
 
         Raises:
             ProcessGoneError: it ended, or executed another program meanwhile.
@@ -123,7 +130,7 @@ class RelroProbe:
         if state is None or state.image != before.image:
             state = self._states[key] = _State(before.image)
         try:
-            reading = self._read(state, hypervisor, handle)
+            reading = self._read(state, hypervisor, handle, since)
         except NotYetError as reason:
             return Missing(str(reason)[:512], absent=False)
         except MemoryRefusedError as error:
@@ -133,23 +140,27 @@ class RelroProbe:
             raise ProcessGoneError("the process ended or executed another program while it was read")
         return reading
 
-    def _read(self, state: _State, hypervisor: Hypervisor, handle: ProcessHandle) -> RelroReading:
+    def _read(
+        self, state: _State, hypervisor: Hypervisor, handle: ProcessHandle, since: int | None
+    ) -> RelroReading:
         until = time.monotonic() + STEP_S
         for wait in RETRY_S:
             if wait:
                 time.sleep(wait)
             mapped = self._maps.read(handle) if state.plan is None else None
-            maps = self._tagger.tag(self._maps.state(handle) if mapped is None else mapped.state)
+            maps = self._tagger.tag(self._maps.state(handle, since) if mapped is None else mapped.state)
+            # What is read again is read anew.
+            since = None
             if state.plan is None or maps != state.maps:
                 mapped = mapped or self._maps.read(handle)
                 self._replan(state, hypervisor, handle, mapped.vmas, until)
                 state.maps = self._tagger.tag(mapped.state)
             assert state.plan is not None
-            data = self._memory.read(handle, state.plan.places)
-            tag = self._tagger.tag(data)
+            tag = self._read_memory(handle, state.plan.places)
             last = state.reading
             if last is not None and tag == state.good:
                 return last if last.hypervisor == hypervisor else _renamed(last, hypervisor)
+            data = self._memory.latest(state.plan.places)
             # What has changed is named at once: this is no time for steps.
             linking = self._linked(handle, state.plan.shape, hypervisor, self._vmas(handle, mapped), 0.0)
             if linking is None:
@@ -161,6 +172,26 @@ class RelroProbe:
         if not settled and state.reading is None:
             raise NotYetError("the dynamic linker has not protected everything yet")
         return reading
+
+    def _read_memory(self, handle: ProcessHandle, places: Places) -> bytes:
+        """Reads the memory; its tag. Both threads take the next piece until there is none."""
+        left = list(enumerate(places.pieces))
+        self._lane.start(self._tag_pieces, handle, left)
+        try:
+            tags = self._tag_pieces(handle, left)
+        finally:
+            others: dict[int, bytes] = self._lane.result()
+        tags |= others
+        return self._tagger.tag(b"".join(tags[number] for number in range(len(places.pieces))))
+
+    def _tag_pieces(self, handle: ProcessHandle, left: list[tuple[int, Piece]]) -> dict[int, bytes]:
+        tags: dict[int, bytes] = {}
+        while True:
+            try:
+                number, piece = left.pop()
+            except IndexError:
+                return tags
+            tags[number] = self._tagger.tag(self._memory.read_piece(handle, piece))
 
     def _vmas(self, handle: ProcessHandle, mapped: object) -> tuple[Vma, ...]:
         vmas: tuple[Vma, ...] = mapped.vmas if mapped is not None else self._maps.read(handle).vmas  # type: ignore[attr-defined]

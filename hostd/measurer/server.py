@@ -92,7 +92,8 @@ class Server:
         self._vault_uid = vault_uid
         self._epoch = epoch
         self._channel: Channel[Request] | None = None
-        self._waiting: deque[Ask | AskWho] = deque()
+        self._waiting: deque[tuple[Ask | AskWho, int]] = deque()
+        """With the time (monotonic, ns) when each had been received."""
         self._kernel = kernel
         self._kernel_asked: set[tuple[int, int]] = set()
         self._turns = Turns(measurer.registry)
@@ -170,6 +171,7 @@ class Server:
         self._schedule()
 
     def _take(self, requests: list[Request]) -> None:
+        taken = time.monotonic_ns()
         for request in requests:
             if isinstance(request, AskSurvey):
                 if self._survey is not None:
@@ -186,7 +188,7 @@ class Server:
                 self._kernel.ask(ticket, request.part)
             else:
                 self._bound(len(self._waiting))
-                self._waiting.append(request)
+                self._waiting.append((request, taken))
 
     def _bound(self, waiting: int) -> None:
         if waiting >= MAX_WAITING:
@@ -219,9 +221,9 @@ class Server:
         """One answer and perhaps one slice; then the loop looks at the socket again."""
         self._scheduled = False
         if self._waiting:
-            request = self._waiting.popleft()
+            request, taken = self._waiting.popleft()
             started = time.monotonic_ns()
-            reading = self._measurer.answer(request)
+            reading = self._measurer.answer(request, taken)
             cost_ns = time.monotonic_ns() - started
             self._send(Answer(request.seq, reading, cost_ns, self._measurer.freeze))
         began = time.monotonic()

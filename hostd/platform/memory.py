@@ -1,8 +1,9 @@
 """Reads scattered words of another process's memory with few system calls.
 
-process_vm_readv(2) takes up to 1024 ranges at once: 3.6 MB in 0.35 ms. Where it is refused (ptrace_scope 3
-refuses it to root too) the pages are read through /proc/kcore by their frames: its segments of the direct
-map carry physical addresses (fs/proc/kcore.c, `get_kcore_size`).
+process_vm_readv(2) takes up to 1024 ranges at once: 3.6 MB in 0.25 to 0.45 ms. They are cut into pieces,
+which two threads can read at the same time. Where it is refused (ptrace_scope 3 refuses it to root too) the
+pages are read through /proc/kcore by their frames: its segments of the direct map carry physical addresses
+(fs/proc/kcore.c, `get_kcore_size`).
 
 Needs CAP_SYS_PTRACE; for kcore CAP_SYS_RAWIO, and CAP_SYS_ADMIN for the frames.
 """
@@ -15,18 +16,22 @@ import errno
 import mmap
 import os
 import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hostd.platform.pages import ENTRY_BYTES, FRAME, PAGE, PRESENT
 from hostd.platform.procfs import ProcessGoneError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hostd.platform.procfs import ProcessHandle
 
 MAX_BYTES: Final = 64 << 20
 """Read at once; QEMU has 3.6 MB."""
 MAX_VECTOR: Final = 1024
 """UIO_MAXIOV."""
+PIECE_BYTES: Final = 512 << 10
+"""Read in 0.05 ms: calls cost little beside it, and two threads end at about the same time."""
 MAX_SEGMENTS: Final = 4096
 _HEADER: Final = struct.Struct("<4s28xQ14xHH")
 _PROGRAM: Final = struct.Struct("<IIQQQQQQ")
@@ -50,6 +55,15 @@ class MemoryRefusedError(Exception):
     """No way that this host has leads to the memory of other processes."""
 
 
+class Piece(NamedTuple):
+    """Ranges for one system call, at most `MAX_VECTOR` of `PIECE_BYTES` in all."""
+
+    vector: ctypes.Array[_Iovec]
+    at: int
+    """Where in the buffer they begin."""
+    size: int
+
+
 class Places:
     """Ranges of one process's memory, packed for the system call.
 
@@ -61,8 +75,22 @@ class Places:
         self.size = sum(length for _, length in ranges)
         if self.size > MAX_BYTES:
             raise ValueError(f"{self.size} bytes of memory")
-        self.count = len(ranges)
-        self.vector = (_Iovec * self.count)(*(_Iovec(start, length) for start, length in ranges))
+        self.pieces = tuple(_pieces(ranges))
+
+
+def _pieces(ranges: list[tuple[int, int]]) -> Iterator[Piece]:
+    at = size = 0
+    taken: list[_Iovec] = []
+    for start, length in ranges:
+        while length:
+            part = min(length, PIECE_BYTES - size)
+            taken.append(_Iovec(start, part))
+            start, length, size = start + part, length - part, size + part
+            if size == PIECE_BYTES or len(taken) == MAX_VECTOR:
+                yield Piece((_Iovec * len(taken))(*taken), at, size)
+                at, size, taken = at + size, 0, []
+    if taken:
+        yield Piece((_Iovec * len(taken))(*taken), at, size)
 
 
 class MemoryReader:
@@ -81,21 +109,29 @@ class MemoryReader:
             ProcessGoneError: it ended, or does not have that memory (any more), or not where it can be read.
             MemoryRefusedError: it may not be read.
         """
-        done = 0
-        for first in range(0, places.count, MAX_VECTOR):
-            count = min(MAX_VECTOR, places.count - first)
-            wanted = sum(places.vector[at].length for at in range(first, first + count))
-            local = _Iovec(self._address + done, wanted)
-            remote = ctypes.byref(places.vector, first * ctypes.sizeof(_Iovec))
-            got = _libc.process_vm_readv(handle.pid, ctypes.byref(local), 1, remote, count, 0)
-            if got < 0 and ctypes.get_errno() in (errno.EPERM, errno.ENOSYS):
-                return self._through_kcore(handle, places)
-            if got != wanted:
-                raise ProcessGoneError("its memory is not there (any more)")
-            done += got
-        return self._view[:done]
+        for piece in places.pieces:
+            self.read_piece(handle, piece)
+        return self.latest(places)
 
-    def _through_kcore(self, handle: ProcessHandle, places: Places) -> memoryview:
+    def read_piece(self, handle: ProcessHandle, piece: Piece) -> memoryview:
+        """The bytes of one piece. Different pieces may be read by different threads.
+
+        Raises:
+            As `read`.
+        """
+        local = _Iovec(self._address + piece.at, piece.size)
+        got = _libc.process_vm_readv(handle.pid, ctypes.byref(local), 1, piece.vector, len(piece.vector), 0)
+        if got < 0 and ctypes.get_errno() in (errno.EPERM, errno.ENOSYS):
+            self._through_kcore(handle, piece)
+        elif got != piece.size:
+            raise ProcessGoneError("its memory is not there (any more)")
+        return self._view[piece.at : piece.at + piece.size]
+
+    def latest(self, places: Places) -> memoryview:
+        """The bytes of all ranges as they were last read, piece by piece."""
+        return self._view[: places.size]
+
+    def _through_kcore(self, handle: ProcessHandle, piece: Piece) -> None:
         with contextlib.ExitStack() as stack:
             try:
                 kcore = os.open("/proc/kcore", os.O_RDONLY | os.O_CLOEXEC)
@@ -103,12 +139,11 @@ class MemoryReader:
                 pagemap = handle.open("pagemap")
                 stack.callback(os.close, pagemap)
                 segments = _segments(kcore)
-                done = 0
-                for place in places.vector:
+                done = piece.at
+                for place in piece.vector:
                     done = self._range(kcore, pagemap, segments, place.base or 0, place.length, done)
             except OSError as error:
                 raise MemoryRefusedError("neither process_vm_readv nor /proc/kcore may be used") from error
-        return self._view[:done]
 
     def _range(
         self,

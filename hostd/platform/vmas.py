@@ -4,7 +4,8 @@ Both give the same mappings, and a *state*: bytes that are equal as long as noth
 changed, so that the work on them need not be done again. By PROCMAP_QUERY the state holds range,
 permissions, device, inode and offset of every mapping, but no name: a name costs the kernel more than all
 the rest, and says nothing of what is mapped, so the caller reads names anew now and then. As text it is
-the whole text. For 290 mappings a state takes 0.20 ms one way and 0.26 ms the other.
+the whole text. For 290 mappings a state takes 0.20 ms one way and 0.26 ms the other. Two readings of one
+process that follow each other may share a state, if it was read after both were asked for (`since`).
 
 The ioctl (fs/proc/task_mmu.c, `do_procmap_query`; include/uapi/linux/fs.h `struct procmap_query`) gives the
 mapping that covers an address, or the next one; ENOENT ends. Like the text it is no snapshot: what changes
@@ -18,6 +19,7 @@ import errno
 import fcntl
 import os
 import struct
+import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hostd.core.readings import EXEC, READ, WRITE
@@ -72,6 +74,8 @@ class MapsReader:
         self._names = memoryview(self._name).cast("B")
         self._with_name = struct.pack("<2I2Q", MAX_NAME_BYTES, 0, ctypes.addressof(self._name), 0)
         self.query = _has_query() if query is None else query
+        self._latest: tuple[ProcessHandle, int, bytes] | None = None
+        """The latest state, whose it is, and when reading it began."""
 
     def read(self, handle: ProcessHandle) -> Mapped:
         """Everything, anew.
@@ -90,15 +94,25 @@ class MapsReader:
             b"".join(row[:_NAME_FIELDS_AT] + _NO_NAME for row in rows),
         )
 
-    def state(self, handle: ProcessHandle) -> bytes:
-        """The state alone.
+    def state(self, handle: ProcessHandle, since: int | None = None) -> bytes:
+        """The state alone: as it is now, or as it was when the latest one was read, if that is of the same
+        process and reading it began at `since` (`time.monotonic_ns`) or later.
 
         Raises:
             As `read`.
         """
-        if not self.query:
-            return handle.read("maps", MAX_MAPS_BYTES)
-        return b"".join(self._walk(handle, names=False))
+        if since is not None and self._latest is not None:
+            whose, began, state = self._latest
+            if whose is handle and began >= since:
+                return state
+        self._latest = None
+        began = time.monotonic_ns()
+        if self.query:
+            state = b"".join(self._walk(handle, names=False))
+        else:
+            state = handle.read("maps", MAX_MAPS_BYTES)
+        self._latest = handle, began, state
+        return state
 
     def _walk(self, handle: ProcessHandle, *, names: bool) -> list[bytes]:
         """The kernel's answers, each followed by the bytes of its name if `names`."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hostd.core.findings import FILES, Kind, Status, process_of
-from hostd.core.readings import Missing, ProcessReading
+from hostd.core.readings import EXEC, Missing, ProcessReading
 from hostd.ipc.measuring import Ask
 from hostd.measurer import process
 from hostd.measurer.process import ProcessProbe
@@ -310,3 +310,51 @@ def _write(path: str, text: str) -> None:
     except OSError:
         # Not every machine has it, or allows it here.
         assert sys.platform == "linux"
+
+
+def test_mappings_are_shared_only_by_requests_that_were_there(watched: Watched, vm: qemu.Vm) -> None:
+    """One reading of the mappings serves both components of a VM, unless it began before the ask."""
+    watched.approve()
+    measurer = watched.measurer
+    maps = measurer.processes._maps
+    kinds = (Kind.PROCESS, Kind.RELRO)
+    for kind in kinds:
+        while isinstance(measurer.answer(Ask(0, kind, vm.uuid)), Missing):
+            time.sleep(0.002)
+    for first, second in (kinds, kinds[::-1]):
+        both = time.monotonic_ns()
+        readings = [measurer.answer(Ask(0, first, vm.uuid), both)]
+        latest = maps._latest
+        readings.append(measurer.answer(Ask(0, second, vm.uuid), both))
+        assert maps._latest is latest
+        # An ask that came when they had been read, and one of which that is not known.
+        for taken in (time.monotonic_ns(), None):
+            readings.append(measurer.answer(Ask(0, second, vm.uuid), taken))
+            assert maps._latest is not latest
+            latest = maps._latest
+        # Nor while a VM stands still that ran when they were read.
+        measurer._freezer.mode = "always"
+        readings.append(measurer.answer(Ask(0, second, vm.uuid), both))
+        measurer._freezer.mode = "never"
+        assert maps._latest is not latest
+        assert not any(isinstance(reading, Missing) for reading in readings)
+        assert all(reading == readings[1] for reading in readings[1:])
+
+
+def test_what_differs_is_read_anew(watched: Watched, vm: qemu.Vm) -> None:
+    """A page or a word that differs is looked at again with mappings as they are then."""
+    watched.approve()
+    measurer = watched.measurer
+    maps = measurer.processes._maps
+    reading = measurer.answer(Ask(0, Kind.PROCESS, vm.uuid))
+    assert isinstance(reading, ProcessReading)
+    code = next(mapping for mapping in reading.mappings if mapping.protection & EXEC)
+    byte = tamper.read(vm.pid, code.start, 1)
+    tamper.write(vm.pid, code.start, bytes([byte[0] ^ 1]))
+    taken = time.monotonic_ns()
+    maps.state(measurer.guests.guests[0].found.handle)
+    latest = maps._latest
+    altered = measurer.answer(Ask(0, Kind.PROCESS, vm.uuid), taken)
+    assert isinstance(altered, ProcessReading)
+    assert altered.altered_total == 1
+    assert maps._latest is not latest

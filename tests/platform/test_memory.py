@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hostd.platform.memory import MAX_BYTES, MAX_VECTOR, MemoryReader, Places
+from hostd.platform.memory import MAX_BYTES, MAX_VECTOR, PIECE_BYTES, MemoryReader, Places
 from hostd.platform.procfs import ProcessGoneError, ProcessHandle
 
 if TYPE_CHECKING:
@@ -32,6 +32,23 @@ def test_scattered_ranges_come_in_order(reader: MemoryReader) -> None:
     ranges = [(start + at, 8) for at in range(len(data) - 8, -1, -12)]
     found = reader.read(ProcessHandle(os.getpid()), Places(ranges))
     assert bytes(found) == b"".join(data[a - start : a - start + 8] for a, _ in ranges)
+
+
+def test_pieces_are_the_ranges_cut(reader: MemoryReader) -> None:
+    handle = ProcessHandle(os.getpid())
+    data = os.urandom(3 * PIECE_BYTES + 24)
+    buffer = ctypes.create_string_buffer(data, len(data))
+    start = ctypes.addressof(buffer)
+    places = Places([(start, 8), (start + 8, 2 * PIECE_BYTES), (start + 16, 0), (start + 100, PIECE_BYTES)])
+    assert [piece.size for piece in places.pieces] == [PIECE_BYTES] * 3 + [8]
+    found = {piece.at: bytes(reader.read_piece(handle, piece)) for piece in reversed(places.pieces)}
+    whole = data[: 8 + 2 * PIECE_BYTES] + data[100 : 100 + PIECE_BYTES]
+    assert b"".join(found[at] for at in sorted(found)) == whole
+    assert bytes(reader.latest(places)) == whole
+    # Only the piece that is read changes.
+    buffer[0:8] = bytes(8)
+    assert bytes(reader.read_piece(handle, places.pieces[0]))[:8] == bytes(8)
+    assert bytes(reader.latest(places))[8:] == whole[8:]
 
 
 def test_what_is_not_there(reader: MemoryReader) -> None:

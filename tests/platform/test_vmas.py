@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -134,6 +135,41 @@ def test_state_moves_with_every_change(reader: MapsReader, tmp_path: Path) -> No
         finally:
             child.kill()
             handle.close()
+
+
+def test_a_state_is_shared_only_if_it_was_read_after_the_ask(reader: MapsReader, own: ProcessHandle) -> None:
+    asked = time.monotonic_ns()
+    first = reader.state(own)
+    late = time.monotonic_ns()
+    with mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=7):
+        assert reader.state(own, asked) == first
+        # Asked for when that had been read, or with no time: as it is now.
+        second = reader.state(own, late)
+        assert second != first
+        assert reader.state(own, asked) == second
+    assert reader.state(own) != second
+
+
+def test_a_state_is_shared_within_one_process(reader: MapsReader, own: ProcessHandle) -> None:
+    asked = time.monotonic_ns()
+    mine = reader.state(own, asked)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        try:
+            other = ProcessHandle(child.pid)
+            assert reader.state(other, asked) != mine
+            # Nor is it given once another was read meanwhile.
+            again = ProcessHandle(child.pid)
+            assert reader._latest is not None
+            assert reader._latest[0] is other
+            assert reader.state(again, asked)
+            assert reader._latest[0] is again
+        finally:
+            child.kill()
+    with pytest.raises(ProcessGoneError):
+        reader.state(again)
+    # What could not be read leaves nothing behind.
+    with pytest.raises(ProcessGoneError):
+        reader.state(again, asked)
 
 
 def test_process_that_ended(reader: MapsReader) -> None:

@@ -50,14 +50,15 @@ def pass_digest(passed: Pass, reference: bytes, channel_ca: bytes) -> bytes:
     return hashlib.sha256(b"hostd pass evidence v1\0" + body).digest()
 
 
-def claims_for(caller: Caller, gate: Gate) -> dict[str, Status]:
-    """Kind of component → status; of several (a host-local caller's VMs) the worst."""
+def claims_for(caller: Caller, gate: Gate, asked: int) -> dict[str, Status]:
+    """Kind of component → status; of several (a host-local caller's VMs) the worst. What was read last before
+    it was `asked` for (the vault's monotonic nanoseconds) is `pending`: nobody knows how it is now."""
     order = (Status.VERIFIED, Status.ABSENT, Status.PENDING, Status.DRIFTED)
     claims: dict[str, Status] = {}
     stamps, latched = gate.stamps, gate.latched
     for component in gate.needs(caller):
-        stamp = stamps.get(component)
-        status = Status.PENDING if stamp is None else Status(stamp.status.value)
+        stamp, fresh = stamps.get(component), gate.until(component, good=False) >= asked
+        status = Status(stamp.status.value) if stamp is not None and fresh else Status.PENDING
         if component in latched:
             status = Status.DRIFTED
         kind = component.kind.value
@@ -72,6 +73,7 @@ def statement_for(
     caller: Caller,
     nonce: bytes,
     *,
+    asked: int,
     now: datetime.datetime,
     gate: Gate,
     measuring: Measuring,
@@ -82,7 +84,7 @@ def statement_for(
 ) -> Statement:
     """The statement of this moment. The IMA position is what has been appraised so far; the quote
     that follows may cover more, never less."""
-    claims = claims_for(caller, gate)
+    claims = claims_for(caller, gate, asked)
     ima = None
     log = None if measuring.appraiser is None else measuring.appraiser.ima
     if log is not None and log.boot_id and gate.stamps.get(IMA) is not None:

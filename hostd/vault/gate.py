@@ -160,7 +160,7 @@ class Gate:
             and (hypervisor.pid, hypervisor.start_time) == (caller.pid, caller.start_time)
         )
 
-    def _until(self, component: Component, *, good: bool = True) -> int:
+    def until(self, component: Component, *, good: bool = True) -> int:
         """A request that arrived by then has a reading of the component: a good one, or (not `good`) one that
         says how it stands. -1: there is none."""
         stamp = self._stamps.get(component)
@@ -174,7 +174,7 @@ class Gate:
         """Requests of the caller that arrived by then have all the readings they need. -1: none has."""
         if not self.bound(caller):
             return -1
-        return min(map(self._until, self.needs(caller)))
+        return min(map(self.until, self.needs(caller)))
 
     def take(self, now: int) -> tuple[list[Waiting], Pass] | None:
         """The next batch that may execute now, callers in turn, and the pass it rests on."""
@@ -265,7 +265,7 @@ class Gate:
     def observed(self, now: int) -> list[Waiting]:
         """Those whose readings are all there, or whose time is over: they are told how it stands."""
         return self._observers.take(
-            now, lambda o: all(self._until(c, good=False) >= o.arrived for c in self.needs(o.caller))
+            now, lambda o: all(self.until(c, good=False) >= o.arrived for c in self.needs(o.caller))
         )
 
     # ── Readings ──────────────────────────────────────────────────────────────────────────────────
@@ -281,8 +281,8 @@ class Gate:
             observers.add(observer.caller, observer.arrived)
 
         def lacks(component: Component) -> bool:
-            return self._until(component) < requests.of(component) or (
-                self._until(component, good=False) < observers.of(component)
+            return self.until(component) < requests.of(component) or (
+                self.until(component, good=False) < observers.of(component)
             )
 
         behind = {b for c in self.ring.pending if lacks(c) for b in self._behind(c)}

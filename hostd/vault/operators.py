@@ -25,6 +25,7 @@ from hostd.vault import manifests
 from hostd.vault.baseline import Capture
 from hostd.vault.batches import Job
 from hostd.vault.explain import explain
+from hostd.vault.gate import ALWAYS
 from hostd.vault.service import Done
 from hostd.vault.waiting import Waiting
 
@@ -331,7 +332,7 @@ class Operators:
         if custody.channel_ca is None or custody.reference is None:
             raise UnavailableError("the keys are not unsealed or no reference values are in force")
         bundle = TrustBundle(
-            require=frozenset({*vault.config.measure.require, str(Kind.PROCESS)}),
+            require=frozenset({*vault.config.measure.require, *map(str, ALWAYS)}),
             aks=(vault.tpm.record.ak_public,),
             channel_ca=custody.channel_ca.certificate_der,
             pcrs=tuple((i, frozenset({v})) for i, v in sorted(vault.tpm.sealed_to.items())),

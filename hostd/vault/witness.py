@@ -69,17 +69,17 @@ class Witness:
                     data = bytes(log[operation.offset : operation.offset + ops.IMA_CHUNK_BYTES])
                     channel.answer(seq, ops.EvidenceLogResult(data=data), None)
                 case ops.Health():
-                    self._observe(channel, arrived, lambda: self._health(channel, seq))
+                    self._observe(channel, arrived, lambda: self._health(channel, seq, arrived))
                 case ops.GetEvidence():
                     nonce = operation.nonce
-                    self._observe(channel, arrived, lambda: self._evidence(channel, seq, nonce))
+                    self._observe(channel, arrived, lambda: self._evidence(channel, seq, nonce, arrived))
         except HostdError as error:
             channel.refuse(seq, error)
 
     def _observe(self, channel: WorkerChannel, arrived: int, then: Callable[[], None]) -> None:
         self._gate.observe(Waiting(channel.caller, arrived, arrived + self._wait_ns, then))
 
-    def _health(self, channel: WorkerChannel, seq: int) -> None:
+    def _health(self, channel: WorkerChannel, seq: int, asked: int) -> None:
         caller = channel.caller
         latched = self._gate.latched_for(caller)
         reason = ""
@@ -87,11 +87,11 @@ class Witness:
             reason = RefusedDriftError.code
         elif self._gate.shut is not None:
             reason = UnavailableError.code
-        claims = {kind: str(status) for kind, status in claims_for(caller, self._gate).items()}
+        claims = {kind: str(status) for kind, status in claims_for(caller, self._gate, asked).items()}
         result = ops.HealthResult(gate="closed" if reason else "open", reason=reason, components=claims)
         channel.answer(seq, result, None)
 
-    def _evidence(self, channel: WorkerChannel, seq: int, nonce: bytes) -> None:
+    def _evidence(self, channel: WorkerChannel, seq: int, nonce: bytes, asked: int) -> None:
         custody = self._custody
         if custody.channel_ca is None:
             channel.refuse(seq, UnavailableError("the keys have not been unsealed"))
@@ -103,6 +103,7 @@ class Witness:
         statement = statement_for(
             channel.caller,
             nonce,
+            asked=asked,
             now=utc_now(),
             gate=self._gate,
             measuring=self._measuring,

@@ -7,15 +7,19 @@ from typing import Any, cast
 
 import pytest
 
+from guestlib.attest.evidence import Status
 from guestlib.errors import HostdError
+from hostd.core import findings as core
 from hostd.core.callers import Caller
+from hostd.core.findings import KERNEL, Kind
 from hostd.ipc import operations as ops
 from hostd.platform.tpm_errors import TpmError
 from hostd.platform.tpm_worker import Priority
+from hostd.vault.evidence import claims_for
 from hostd.vault.ledger import Ledger
 from hostd.vault.observers import MAX_PER_CALLER
 from hostd.vault.witness import MAX_QUOTING, Witness
-from tests.vault.support_gate import A, B, make_gate
+from tests.vault.support_gate import A, B, make_gate, read, read_all
 
 
 class SimulatedTpm:
@@ -108,3 +112,17 @@ def test_evidence_that_waits_for_readings_is_bounded_for_each_caller(bench: Benc
     bench.observe()
     assert len(first.answers) == MAX_PER_CALLER
     assert list(second.answers) == [1]
+
+
+def test_what_was_read_before_it_was_asked_for_is_pending() -> None:
+    """Evidence carries the asker's nonce: it must not say `verified` of what was seen before it."""
+    gate = make_gate(standing_ns=1000)
+    read_all(gate, at=100)
+    fresh = claims_for(A, gate, 100)
+    assert set(fresh) == set(map(str, Kind))
+    assert set(fresh.values()) == {Status.VERIFIED}
+    stale = claims_for(A, gate, 101)
+    assert {kind for kind, status in stale.items() if status is Status.VERIFIED} == {"domain"}
+    assert set(claims_for(A, gate, 1101).values()) == {Status.PENDING}
+    read(gate, KERNEL, at=200, status=core.Status.DRIFTED)
+    assert claims_for(A, gate, 300)["kernel"] is Status.DRIFTED

@@ -32,13 +32,17 @@ SLEEPER = "import time; print('up', flush=True); time.sleep(600)"
 
 
 class Bench:
-    """A probe of this process, and of whatever stands in the control groups of a made-up tree."""
+    """A probe of whatever stands in the control groups of a made-up tree: a child as the measurer at first.
+    (This process may have loaded libraries that compile regular expressions, which units may not.)"""
 
     def __init__(self, folder: Path) -> None:
         self.groups = folder / "cgroup"
         for role in ROLES:
             (self.groups / f"hostd-{role}.service").mkdir(parents=True)
-        self.put("measurer", os.getpid())
+        self.measurer = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE)
+        assert self.measurer.stdout is not None
+        assert self.measurer.stdout.readline() == b"up\n"
+        self.put("measurer", self.measurer.pid)
         self.root = folder / "opt"
         self.root.mkdir()
         (self.root / "a.py").write_bytes(b"pass\n")
@@ -66,6 +70,10 @@ class Bench:
         return self.probe.read()
 
     def close(self) -> None:
+        self.measurer.kill()
+        self.measurer.wait()
+        assert self.measurer.stdout is not None
+        self.measurer.stdout.close()
         self.probe.close()
         self.registry.close()
         self.lane.close()

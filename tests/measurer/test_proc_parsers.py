@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hostd.measurer.commandline import Said, parse_command_line
-from hostd.measurer.elf import HEADER_BYTES, Layout, MalformedElfError, parse_layout
 from hostd.measurer.domain_xml import parse_cid
+from hostd.measurer.elf import HEADER_BYTES, Layout, MalformedElfError, parse_layout
 from hostd.platform.pages import FILE, FRAME, PRESENT, SWAPPED, differing, whole_pages
 from hostd.platform.procfs import MalformedProcError, parse_maps, parse_stat, parse_uid
 

@@ -4,8 +4,10 @@ Two ways to read a segment for its tag, giving the same tag:
 - through our mapping, in two threads: 43 MB in 0.8-1.6 ms. A file cut short under the
   reader would end the measurer (SIGBUS), so this is for files that only root can change;
 - with pread into a buffer, 43 MB in 6-8 ms, for all others: a process that maps a file of its own and
-  truncates it can only spoil its own reading. The last page comes through /proc/self/mem, where a
-  fault is an error, because bytes after the end of the file can be executed and pread does not show them.
+  truncates it can only spoil its own reading. Of what one process brought only so much is read, and no
+  disk is waited for: what is over that, or is not in the page cache, is left out. The last page comes
+  through /proc/self/mem, where a fault is an error, because bytes after the end of the file can be executed
+  and pread does not show them.
 If a disk fails under a root-owned file the measurer dies and the gate closes.
 
 A segment that was never identified cannot be good, whatever its tag: it is reported with a tag of zeros
@@ -14,8 +16,10 @@ and is not read. So mapping ever new files costs the others nothing.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from hostd.core.readings import MAX_ALTERED, AlteredPage, FilesReading, Segment
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
 
 LANE_BYTES: Final = 2 << 20
 """Less is not worth handing over to the second thread."""
+MAX_STREAMED_PER_OWNER: Final = 16 << 20
+"""Bytes of files that others than root can change, of what one process brought: 3 ms in every pass."""
+MAX_STREAMED: Final = 64 << 20
+"""In all."""
 _CHUNK: Final = 1 << 20
 _NO_TAG: Final = bytes(16)
 
@@ -71,9 +79,27 @@ class ContentsProbe:
                 end = min(item.offset + item.length, stop)
                 views.append((item, file.own.view[item.offset : max(end, item.offset)]))
         tags.update(self._tag_views(views))
-        for item in streamed:
-            tags[item] = self._tag_stream(self._file(item), item)
-        return FilesReading(tuple(Segment(*item, tags[item]) for item in wanted), tuple(self._altered(tags)))
+        for item in self._affordable(streamed):
+            try:
+                tags[item] = self._tag_stream(self._file(item), item)
+            except BlockingIOError:
+                # It is fetched while others are read, for the next time.
+                os.posix_fadvise(self._file(item).fd, item.offset, item.length, os.POSIX_FADV_WILLNEED)
+        segments = tuple(Segment(*item, tags[item]) for item in wanted if item in tags)
+        return FilesReading(segments, tuple(self._altered(tags)))
+
+    def _affordable(self, streamed: list[Range]) -> list[Range]:
+        """Those that are read in this pass, small ones first."""
+        spent: Counter[int] = Counter()
+        found: list[Range] = []
+        for item in sorted(streamed, key=lambda item: item.length):
+            owner = self._file(item).owner
+            if spent.total() + item.length > MAX_STREAMED:
+                break
+            if spent[owner] + item.length <= MAX_STREAMED_PER_OWNER:
+                spent[owner] += item.length
+                found.append(item)
+        return found
 
     def _tag_views(self, views: list[tuple[Range, memoryview]]) -> dict[Range, bytes]:
         """Both threads take the next segment until there is none."""
@@ -106,14 +132,20 @@ class ContentsProbe:
 
     def _parts(self, file: File, item: Range) -> Iterator[memoryview]:
         """The segment as mapped, in whole pages, without our mapping. What the file does not have (any
-        more) is left out. Each part is the same buffer again."""
+        more) is left out. Each part is the same buffer again.
+
+        Raises:
+            BlockingIOError: it is not in the page cache.
+        """
         assert file.own is not None
         size = os.fstat(file.fd).st_size
         filled = 0
         full = min(item.length, max(0, size // PAGE * PAGE - item.offset))
         while filled < full:
             try:
-                got = os.preadv(file.fd, [self._buffer[: min(_CHUNK, full - filled)]], item.offset + filled)
+                got = _cached(file.fd, self._buffer[: min(_CHUNK, full - filled)], item.offset + filled)
+            except BlockingIOError:
+                raise
             except OSError:
                 return
             if not got:
@@ -157,3 +189,19 @@ class ContentsProbe:
         # A file that is claimed is not dropped.
         assert file is not None
         return file
+
+
+def _cached(fd: int, buffer: memoryview, offset: int) -> int:
+    """Reads what the page cache has.
+
+    Raises:
+        BlockingIOError: nothing there.
+        OSError: it cannot be read.
+    """
+    try:
+        return os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+    except OSError as error:
+        # tmpfs, for one, has no such reads, and no disk.
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+    return os.preadv(fd, [buffer], offset)

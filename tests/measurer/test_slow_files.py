@@ -5,13 +5,16 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import time
 from array import array
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from hostd.core.findings import Status
 from hostd.core.readings import EXEC, READ
+from hostd.measurer.contents import MAX_STREAMED_PER_OWNER
 from hostd.measurer.elf import MalformedElfError
 from hostd.measurer.elf_image import MAX_RELRO_BYTES
 from hostd.measurer.linking import STEP_SLOTS, Linking, parse_module
@@ -81,3 +84,50 @@ def test_a_file_in_many_pieces(watched: Watched, vm: qemu.Vm) -> None:
         tamper.syscall(vm.pid, tamper.SYS_MMAP, 0, 4096, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, 0)
     assert verdict(watched, vm).status is not Status.VERIFIED
     assert any("pieces" in text for text in reading(watched, vm).uncovered)
+
+
+def _mapped(vm: qemu.Vm, path: Path, megabytes: int) -> None:
+    """A file that its process may change, mapped by it as code."""
+    path.write_bytes(os.urandom(1 << 20) * megabytes)
+    os.chown(path, 65534, 65534)
+    tamper.map_file(vm.pid, path)
+
+
+@pytest.mark.qemu
+def test_a_large_file_of_the_process_costs_the_others_nothing(
+    watched: Watched, binary: Path, vm: qemu.Vm, tmp_path: Path
+) -> None:
+    with qemu.running(binary) as other:
+        watched.approve()
+        for number in range(2):
+            _mapped(other, tmp_path / f"{number}.so", (MAX_STREAMED_PER_OWNER >> 20) - 1)
+        assert watched.verdicts(other.uuid)[3].status is not Status.VERIFIED
+        watched.assert_good(vm.uuid)
+        large = [item for item in watched.files().segments if item.length > MAX_STREAMED_PER_OWNER // 2]
+        assert len(large) == 1
+
+
+@pytest.mark.qemu
+def test_a_file_put_out_of_the_page_cache(watched: Watched, vm: qemu.Vm, tmp_path: Path) -> None:
+    """Its segment is left out, and is there again when it has been fetched."""
+    path = tmp_path / "own.so"
+    _mapped(vm, path, 4)
+    watched.approve()
+    watched.assert_good(vm.uuid)
+    number = next(n for n, known in watched.appraiser.files.known.items() if known.path == str(path))
+
+    def there() -> bool:
+        return any(item.file == number for item in watched.files().segments)
+
+    assert there()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if there():
+        pytest.skip("the page cache keeps it")
+    watched.files()
+    for _ in range(200):
+        if there():
+            break
+        time.sleep(0.01)
+    watched.assert_good(vm.uuid)

@@ -314,8 +314,8 @@ class Gate:
     def guests(self, hypervisors: Iterable[Hypervisor]) -> None:
         """Takes note of which VM is which process, from a judged reading of `guests`."""
         before, self._hypervisors = self._hypervisors, {h.vm: h for h in hypervisors}
-        gone = {vm for vm, h in before.items() if not _same(self._hypervisors.get(vm), h)}
-        gone |= {c.vm for c in self._stamps if c.vm and c.vm not in self._hypervisors}
+        seen = before.keys() | {c.vm for c in self._stamps if c.vm}
+        gone = {vm for vm in seen if not _same(self._hypervisors.get(vm), before.get(vm))}
         for component in [c for c in self._stamps if c.vm in gone]:
             del self._stamps[component]
         for component in [c for c in self.last_good if c.vm in gone]:
@@ -395,5 +395,5 @@ def _of_vm(vm: str) -> frozenset[Component]:
     return frozenset(Component(kind, vm) for kind in VM_KINDS)
 
 
-def _same(now: Hypervisor | None, before: Hypervisor) -> bool:
-    return now is not None and (now.pid, now.start_time) == (before.pid, before.start_time)
+def _same(a: Hypervisor | None, b: Hypervisor | None) -> bool:
+    return a is not None and b is not None and (a.pid, a.start_time) == (b.pid, b.start_time)

@@ -465,3 +465,13 @@ def test_many_observers_are_told_at_once() -> None:
     began = time.monotonic()
     assert len(gate.observed(50)) == 5000
     assert time.monotonic() - began < 1.0
+
+
+def test_what_was_read_of_a_machine_before_it_was_listed_is_of_another_process_perhaps() -> None:
+    gate = make_gate(vms=())
+    gate.arrive(request(A, arrived=10))
+    read_all(gate, at=10, vms=(VM_A,))
+    gate.guests([hypervisor(VM_A)])
+    assert taken(gate) == []
+    read(gate, *of_vm(VM_A), at=11)
+    assert len(taken(gate)) == 1

@@ -187,7 +187,7 @@ class GateMachine(RuleBasedStateMachine):
             self.gate.guests(hypervisor(vm, start_time=start) for vm, start in seen.items())
             before, self.trace.processes = self.trace.processes, dict(seen)
             for vm in {VM_A, VM_B}:
-                if seen.get(vm) != before.get(vm):
+                if vm not in seen or seen[vm] != before.get(vm):
                     for kind in VM_KINDS:
                         self.trace.latest.pop(Component(kind, vm), None)
         self.trace.latest[component] = (started, status)

@@ -362,4 +362,6 @@ class Measuring:
         if verdict.identify and verdict.status is not Status.DRIFTED:
             self._files.want(component, verdict.identify)
             self._identify()
+            if not self.ready:  # it was lost in the asking: no verdict outlives it
+                return
         self._listener.on_verdict(verdict, reading, asked.started, time.monotonic_ns(), cost_ns)

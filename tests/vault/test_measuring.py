@@ -527,3 +527,20 @@ def test_whether_the_vm_stood_still_is_a_claim(measurer: Measurer, freeze: str) 
     measurer.until(lambda: bool(measurer.told.verdicts))
     claims = measurer.told.verdicts[0][0].claims
     assert claims == ((("freeze", freeze),) if freeze else ())
+
+
+def test_no_verdict_comes_after_the_loss(measurer: Measurer) -> None:
+    """The reading was the last word of a measurer that went: asking it for a file is how that is noticed."""
+    measurer.vault.ask(POSTURE)
+    measurer.until(lambda: len(measurer.asked) == 1)
+    measurer.judge.identify = frozenset({7})
+    measurer.answer(measurer.asked[0], posture())
+    assert measurer.channel is not None
+    measurer.channel.close()
+    measurer.channel = None
+    end = time.monotonic() + 5
+    while not measurer.told.lost and time.monotonic() < end:
+        measurer.loop.run_once(0.01)
+    assert len(measurer.told.lost) == 1
+    assert len(measurer.judge.shown) == 1
+    assert measurer.told.verdicts == []

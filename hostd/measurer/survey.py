@@ -67,6 +67,12 @@ def survey(prefixes: Sequence[str]) -> Iterator[dict[str, bytes] | None]:
 
 def _files(prefixes: Sequence[str]) -> Iterator[tuple[bytes, os.stat_result | None]]:
     seen: set[bytes] = set()
+    # First: what counts here whatever it holds may stand below a prefix where only code does.
+    if any(root.startswith(prefix) for root in installation() for prefix in prefixes):
+        for path in _own():
+            if path not in seen:
+                seen.add(path)
+                yield path, _taken(path, None)
     for prefix in prefixes:
         if os.path.isfile(prefix):
             path = os.fsencode(os.path.realpath(prefix))
@@ -80,11 +86,6 @@ def _files(prefixes: Sequence[str]) -> Iterator[tuple[bytes, os.stat_result | No
                     continue
                 seen.add(path)
                 yield path, _taken(path, None if path.startswith(DATA) else name)
-    if any(root.startswith(prefix) for root in installation() for prefix in prefixes):
-        for path in _own():
-            if path not in seen:
-                seen.add(path)
-                yield path, _taken(path, None)
 
 
 def _own() -> Iterator[bytes]:

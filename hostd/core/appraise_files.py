@@ -3,7 +3,9 @@
 A file number becomes known by its `FileIdentity`: SHA-256 of the whole file and tags of its segments,
 taken from the same bytes. It is approved if the reference values have that digest for its path (the
 path without ` (deleted)`: an upgrade leaves running VMs on the old file, which is legal while its
-digest is approved). From then on equal tags are equal bytes.
+digest is approved). From then on equal tags are equal bytes. A file has a name in each process that maps it
+(links, mounts); one that has its digest approved is enough, so that no process can spoil it for another by
+calling it something else.
 
 `FILES` is about approved files: that none of them changed. A file that is not approved, or not known
 yet, concerns the VM that maps it and nobody else (`appraise_process`); so one VM cannot close the gate for
@@ -44,8 +46,18 @@ class KnownFile:
     sha256: str
     tags: dict[SegmentKey, bytes] = field(default_factory=dict)
 
+    also: str = ""
+    """Another name of it, under which its digest was approved."""
+
     def approved(self, reference: Reference) -> bool:
-        return self.sha256 in reference.expected(self.path)
+        return self.sha256 in reference.expected(self.path) or (
+            bool(self.also) and self.sha256 in reference.expected(self.also)
+        )
+
+    def called(self, name: str, reference: Reference) -> None:
+        """Takes in a name that the file has in a process."""
+        if name not in (self.path, self.also) and self.sha256 in reference.expected(name):
+            self.also = name
 
 
 class FileBook:
@@ -71,7 +83,8 @@ class FileBook:
         if known is None:
             known = self.known[number] = KnownFile(reading.path, reading.size, digest)
         if known.sha256 == digest:
-            known.path = reading.path
+            if known.path != reading.path:
+                known.also, known.path = known.also or known.path, reading.path
             for segment in reading.segments:
                 known.tags.setdefault(_key(segment), segment.tag)
 

@@ -184,6 +184,8 @@ class _Judge:
                 f"{mapping.start:#x}-{mapping.end:#x}, file offset {mapping.offset:#x}",
             )
         known = self._files.known.get(number)
+        if known is not None:
+            known.called(mapping.name, self._reference)
         if known is None:
             self._unknown(mapping, number)
         elif not known.approved(self._reference):

@@ -12,6 +12,7 @@ import hashlib
 import mmap
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hostd.core.readings import EXEC, READ, WRITE
@@ -64,7 +65,7 @@ class Modules:
         self._registry = registry
         self._modules: dict[int, Module | None] = {}
         self._refused: dict[int, str] = {}
-        self._linkings: dict[tuple[tuple[int, ...], int], Linking] = {}
+        self._linkings: dict[tuple[tuple[tuple[int, str], ...], int], Linking] = {}
         self._used = 0.0
 
     def drop_idle(self) -> None:
@@ -129,6 +130,9 @@ class Modules:
         uncovered: list[str] = []
         for file, mapped in self._files(handle, vmas):
             module = self._modules.get(file.number)
+            if module is not None and module.path != mapped[0].name:
+                # Each process is judged by its own names.
+                module = self._modules[file.number] = replace(module, path=mapped[0].name)
             if module is None:
                 if _executable(mapped):
                     reason = file.refusal or self._refused.get(file.number) or "it is not linked dynamically"
@@ -165,12 +169,12 @@ class Modules:
         known = tuple(module for module in modules if module is not None)
         if len(known) != len(modules):
             raise ProcessGoneError("a file has to be parsed again")
-        # A module keeps the name it was parsed under; its file may have been replaced since.
+        # Its file may have been replaced since.
         path = executable.removesuffix(DELETED)
         main = next((n for n, module in enumerate(known) if module.path.removesuffix(DELETED) == path), None)
         if main is None:
             raise ProcessGoneError("its program is not mapped (any more)")
-        key = (tuple(module.number for module in known), main)
+        key = (tuple((module.number, module.path) for module in known), main)
         linking = self._linkings.get(key)
         if linking is None:
             linking = self._linkings[key] = Linking(known, main)

@@ -132,6 +132,8 @@ class Registry:
         self._next = 1
         self._claims: dict[tuple[int, int], frozenset[Range]] = {}
         self._uses: Counter[Range] = Counter()
+        self._ours: frozenset[tuple[int, int]] = frozenset()
+        self._own_uses: Counter[Range] = Counter()
         self._bytes = 0
         self._sorted: tuple[Range, ...] | None = None
         self.generation = 0
@@ -227,8 +229,9 @@ class Registry:
                     break
         raise ProcessGoneError("the mapping was replaced while it was read")
 
-    def claim(self, process: tuple[int, int], ranges: Iterable[Range]) -> None:
-        """Says what process (pid, start time) maps now, in place of what it mapped before.
+    def claim(self, process: tuple[int, int], ranges: Iterable[Range], *, own: bool = False) -> None:
+        """Says what process (pid, start time) maps now, in place of what it mapped before. `own`: it is one
+        of hostd's.
 
         Raises:
             TooMuchError: over the bounds for one process; its earlier claim stays.
@@ -246,6 +249,9 @@ class Registry:
         self._bytes += size
         self._release(process)
         self._claims[process] = claimed
+        if own:
+            self._ours |= {process}
+            self._own_uses.update(claimed)
         self._sorted = None
         for item in new:
             self._bring_in(item)
@@ -257,10 +263,14 @@ class Registry:
 
     def _release(self, process: tuple[int, int]) -> None:
         self._sorted = None
+        own = process in self._ours
+        self._ours -= {process}
         for item in self._claims.pop(process, ()):
             self._uses[item] -= 1
+            if own:
+                self._own_uses[item] -= 1
             if not self._uses[item]:
-                del self._uses[item]
+                del self._uses[item], self._own_uses[item]
                 self._bytes -= item.length
 
     def wanted(self) -> tuple[Range, ...]:
@@ -268,6 +278,10 @@ class Registry:
         if self._sorted is None:
             self._sorted = tuple(sorted(self._uses))
         return self._sorted
+
+    def only_ours(self, item: Range) -> bool:
+        """Whether none but hostd's own processes map it."""
+        return self._own_uses[item] == self._uses[item]
 
     def claimed(self, process: tuple[int, int]) -> bool:
         return process in self._claims
@@ -305,7 +319,7 @@ class Registry:
         if file.own is None:
             raise LookupError(f"{file.path}: {file.refusal}")
         wanted = sorted(item for item in self._uses if item.file == number)[:MAX_SEGMENTS_PER_FILE]
-        for step in identify(file, wanted, self._tagger, self._room_for_copies):
+        for step in identify(file, wanted, self._tagger, self._room_for_copies, self.only_ours):
             # The descriptor of a file that was dropped may be another file's by now.
             if self._by_number.get(number) is not file:
                 raise LookupError("no such file any more")
@@ -339,6 +353,7 @@ class Registry:
         self._by_key.clear()
         self._claims.clear()
         self._uses.clear()
+        self._own_uses.clear()
         self._sorted = None
 
 

@@ -38,10 +38,15 @@ class Identified(NamedTuple):
 
 
 def identify(
-    file: File, wanted: Sequence[Range], tagger: Tagger, held: Callable[[int], tuple[int, int]]
+    file: File,
+    wanted: Sequence[Range],
+    tagger: Tagger,
+    held: Callable[[int], tuple[int, int]],
+    uncopied: Callable[[Range], bool],
 ) -> Iterator[Identified | None]:
     """The steps for one open file and these segments of it. `held` says how many bytes of
-    copies there are: of the process that brought the file, and in all.
+    copies there are: of the process that brought the file, and in all. Of segments that are `uncopied`
+    none is made: a difference in them is named by its range.
 
     Raises (from `next`):
         OSError: it cannot be read.
@@ -68,7 +73,7 @@ def identify(
         FileIdentity(file.number, file.path, device, file.inode, size, digest.digest(), segments), head
     )
     for item in wanted:
-        if item not in file.copies:
+        if item not in file.copies and not uncopied(item):
             yield from _keep(file, item, tagger.stream(), held)
 
 

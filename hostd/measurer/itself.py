@@ -15,6 +15,7 @@ from hostd.core.reading_hypervisor import Hypervisor
 from hostd.core.reading_self import SelfReading
 from hostd.measurer.files import TooMuchError
 from hostd.measurer.own_files import OwnFiles, installation
+from hostd.measurer.process import OWN
 from hostd.measurer.roles import ROLES, OwnProcesses
 from hostd.platform.procfs import MalformedProcError, ProcessGoneError
 
@@ -120,7 +121,7 @@ def _as_hypervisor(own: Own) -> Hypervisor:
         cid=0,
         executable=own.executable[:4096],
         accel="kvm",
-        source="hostd",
+        source=OWN,
     )
 
 

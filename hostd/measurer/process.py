@@ -74,6 +74,8 @@ NAMES_S: Final = 120.0
 MAX_SHARED: Final = 256
 MAX_NAME: Final = 4096
 VDSO: Final = "[vdso]"
+OWN: Final = "hostd"
+"""`Hypervisor.source` of hostd's own processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +189,7 @@ class ProcessProbe:
 
     def _keep(self, hypervisor: Hypervisor, plan: Plan) -> _Last:
         key = (hypervisor.pid, hypervisor.start_time)
-        self._registry.claim(key, plan.ranges)
+        self._registry.claim(key, plan.ranges, own=hypervisor.source == OWN)
         last = self._last.get(key)
         if last is None or last.plan is not plan:
             last = self._last[key] = _Last(plan)

@@ -14,7 +14,19 @@ from guestlib.errors import HostdError
 from hostd.config import Config
 from hostd.core.appraise_ima import Accepted
 from hostd.core.codes import Code
-from hostd.core.findings import BOOT, FILES, IMA, POSTURE, Component, Severity, process_of
+from hostd.core.findings import (
+    BOOT,
+    FILES,
+    IMA,
+    KERNEL,
+    POSTURE,
+    SELF,
+    Component,
+    Severity,
+    domain_of,
+    process_of,
+    relro_of,
+)
 from hostd.core.reference import Reference
 from hostd.ipc.loop import Loop
 from hostd.platform.secretmem import SecretBuffer
@@ -25,7 +37,7 @@ from hostd.vault.keyring import Keyring
 from hostd.vault.ledger import Entry, Ledger
 from hostd.vault.mint import Mint
 from hostd.vault.store import Store, StoreError
-from tests.vault.support_gate import VM_A, finding, make_gate
+from tests.vault.support_gate import VM_A, A, B, finding, make_gate, read_all
 from tests.vault.support_keys import NOW, root
 
 
@@ -297,3 +309,26 @@ def test_keys_stay_locked_while_another_drift_is_open(start: Callable[[], Vault]
     assert not vault.keyring.unlocked
     vault.clear(POSTURE)
     assert vault.keyring.unlocked
+
+
+@pytest.mark.parametrize("component", [KERNEL, SELF, BOOT, relro_of(VM_A), domain_of(VM_A)], ids=str)
+def test_a_drift_of_any_kind_outlives_restarts_and_good_readings(
+    start: Callable[[], Vault], component: Component
+) -> None:
+    start().find(component)
+    vault = start()
+    assert component in vault.gate.latched
+    read_all(vault.gate, at=50)
+    assert vault.gate.latched_for(A) == component
+    mine = component.vm == VM_A
+    assert vault.gate.host_drifted() is not mine
+    assert (vault.gate.latched_for(B) is None) is mine
+    vault.store.clear_drift(str(component))
+    vault.store.commit()
+    vault = start()
+    assert component in vault.gate.latched, "the ledger has it"
+    read_all(vault.gate, at=60)
+    assert vault.clear(component)
+    assert component not in vault.gate.stamps
+    assert vault.measuring.restarts == 1
+    assert component not in start().gate.latched

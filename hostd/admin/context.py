@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from hostd.ipc import operating as adm
 
 T = TypeVar("T")
+WIDE: Final = 250
+"""Columns of what goes to a file or another program: nothing is cut."""
 LONG_S: Final = 900.0
 """A survey of a whole system on a slow machine."""
 
@@ -48,7 +51,7 @@ class Context:
         """For tables and colours; imported when there is one to show: it takes a quarter of the start."""
         from rich.console import Console
 
-        return Console(soft_wrap=True)
+        return Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 
     def ask(
         self, command: adm.GatedCommand | adm.UngatedCommand, result: type[T], timeout_s: float = 30.0
@@ -75,7 +78,9 @@ class Context:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for column in columns:
+            table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*(Text(safe(cell)) for cell in row))
         self.out.print(table)

@@ -5,6 +5,9 @@ lot has brought forward, and the sweep, which comes back to every component of e
 time that is configured. Those who wait do not starve the background, nor it them: while somebody waits, one
 ask in `SHARE` is the background's if it has any to make; one in two if its time is nearly over.
 
+The `process` and the `relro` of one VM are asked for one after the other, so that the measurer can read its
+mappings once for both.
+
 A hint can only bring a reading forward. A flood of hints costs one reading of a component in
 `HINT_PAUSE_NS`, or a twentieth of the time, however many come.
 """
@@ -14,13 +17,13 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING, Final
 
-from hostd.core.findings import Status
+from hostd.core.findings import Kind, Status, process_of, relro_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from random import Random
 
-    from hostd.core.findings import Component, Kind
+    from hostd.core.findings import Component
     from hostd.vault.waiting import Stamp
 
 PENDING_PAUSE_NS: Final = 10_000_000
@@ -52,12 +55,14 @@ class Ring:
     def __init__(self, sweep_ns: int, known: frozenset[Component]) -> None:
         self._sweep = sweep_ns
         self._known = known
-        self._never = dict.fromkeys(sorted(known))
+        self._never = dict.fromkeys(sorted(known, key=lambda c: (c.vm, c)))
         """Components that were not asked for yet, in order."""
         self._asked: dict[Component, int] = {}
         """When the others were asked for last; in order of that."""
         self._forward: dict[Component, None] = {}
         self._pending: set[Component] = set()
+        self._rider: Component | None = None
+        """The `relro` of the VM whose `process` was asked for last."""
         self._served = 0
         """Asks for those who wait since the last one of the background."""
         self.soon = False
@@ -97,12 +102,19 @@ class Ring:
         stamps: Mapping[Component, Stamp],
         takes: Callable[[Component], bool],
     ) -> Component | None:
-        for component in chain(self._never, self._asked):
-            if takes(component) and lacks(component):
-                if not self._paused(component, stamps.get(component), now):
-                    return component
-                self.soon = True
-        return None
+        def wanted(component: Component) -> bool:
+            if not takes(component) or not lacks(component):
+                return False
+            paused = self._paused(component, stamps.get(component), now)
+            self.soon |= paused
+            return not paused
+
+        if self._rider in self._known and wanted(self._rider):
+            return self._rider
+        first = next(filter(wanted, chain(self._never, self._asked)), None)
+        if first is not None and first.kind is Kind.RELRO and wanted(process_of(first.vm)):
+            return process_of(first.vm)
+        return first
 
     def _paused(self, component: Component, stamp: Stamp | None, now: int) -> bool:
         """Whether it was found pending a moment ago: reading it again at once would spin."""
@@ -124,6 +136,9 @@ class Ring:
 
     def _due(self, now: int, age: int, takes: Callable[[Component], bool]) -> Component | None:
         """The sweep's next: of those not asked for since `age`, the one not asked for the longest."""
+        rider = self._rider
+        if rider is not None and self._asked.get(rider, now) <= now - age // 2 and takes(rider):
+            return rider
         for component in self._never:
             if takes(component):
                 return component
@@ -145,6 +160,7 @@ class Ring:
             self._never.pop(component, None)
             self._asked.pop(component, None)
             self._asked[component] = now
+            self._rider = relro_of(component.vm) if component.kind is Kind.PROCESS else None
             self._forward.pop(component, None)
 
     def judged(self, component: Component, *, pending: bool) -> None:
@@ -172,5 +188,6 @@ class Ring:
             self._forward.pop(component, None)
             self._pending.discard(component)
         self._known = known
-        for component in sorted(known - self._asked.keys() - self._never.keys()):
+        new = known - self._asked.keys() - self._never.keys()
+        for component in sorted(new, key=lambda c: (c.vm, c)):
             self._never[component] = None

@@ -23,6 +23,7 @@ from hostd.core.findings import (
     Status,
     Verdict,
     process_of,
+    relro_of,
 )
 from hostd.core.reading_kernel import KernelReading
 from hostd.core.readings import (
@@ -458,6 +459,21 @@ def test_one_lane_is_full_and_the_other_is_not(measurer: Measurer) -> None:
         assert measurer.vault.takes(component)
         measurer.vault.ask(component)
     assert not measurer.vault.takes(POSTURE)
+
+
+def test_relro_rides_with_its_process(measurer: Measurer) -> None:
+    first, second = VMS[:2]
+    measurer.vault.ask(process_of(first))
+    measurer.vault.ask(IMA)
+    for component in (FILES, process_of(second), relro_of(second)):
+        assert not measurer.vault.takes(component)
+    assert measurer.vault.has_room
+    assert measurer.vault.takes(relro_of(first))
+    measurer.vault.ask(relro_of(first))
+    assert not measurer.vault.takes(FILES)
+    assert not measurer.vault.takes(relro_of(second))
+    assert measurer.vault.takes(KERNEL)
+    measurer.vault.ask(KERNEL)
     assert not measurer.vault.has_room
 
 

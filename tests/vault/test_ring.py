@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -16,6 +17,7 @@ from hostd.core.findings import (
     POSTURE,
     SELF,
     Component,
+    Kind,
     Status,
     domain_of,
     process_of,
@@ -77,7 +79,7 @@ def test_what_the_newest_request_still_lacks_the_longest_unasked_first() -> None
     gate = swept()
     gate.arrive(request(A, arrived=0))
     gate.arrive(request(A, arrived=20))
-    first = [KERNEL, FILES, IMA, PROCESS_A, POSTURE, relro_of(VM_A)]
+    first = [KERNEL, FILES, IMA, PROCESS_A, relro_of(VM_A), POSTURE]
     rest = [c for c in (*HOST, *of_vm(VM_A)) if c not in first and c != domain_of(VM_A)]
     for now, component in enumerate(first + rest):
         gate.ring.asked(component, now)
@@ -143,6 +145,58 @@ def test_choosing_is_cheap_with_many_machines_waiting() -> None:
         assert component is not None
         read(gate, component, at=now)
     assert looked < 20 * len(gate.known)
+
+
+def test_what_is_read_together_is_asked_for_together() -> None:
+    many = tuple(f"{n:08x}-0000-4000-8000-00000000000a" for n in range(5))
+    gate = swept(vms=many)
+    for vm in many:
+        gate.arrive(request(caller_of(hypervisor(vm)), arrived=1))
+    # Even if the one was asked for later than the other, and later than those of other VMs.
+    for vm in many[::-1]:
+        gate.ring.asked(process_of(vm), 2)
+    gate.ring.asked(IMA, 2)
+    order = []
+    now = 3
+    while (component := ask(gate, now)) is not None:
+        read(gate, component, at=now)
+        order.append(component)
+        now += 1
+    for vm in many:
+        assert order.index(relro_of(vm)) == order.index(process_of(vm)) + 1
+
+
+def test_nobody_is_asked_for_only_because_of_the_other() -> None:
+    """A `relro` that nobody lacks and that was read a moment ago is not read with its `process`."""
+    gate = swept()
+    gate.arrive(request(A, arrived=10))
+    gate.ring.asked(relro_of(VM_A), 11)
+    read(gate, relro_of(VM_A), at=11)
+    order = []
+    for now in range(12, 40):
+        component = ask(gate, now)
+        if component is not None:
+            order.append(component)
+            read(gate, component, at=now)
+    assert process_of(VM_A) in order
+    assert relro_of(VM_A) not in order
+
+
+def test_the_sweep_reads_together_too() -> None:
+    many = tuple(f"{n:08x}-0000-4000-8000-00000000000a" for n in range(5))
+    gate = make_gate(vms=many, sweep_ns=SWEEP)
+    now, order = 1, []
+    while now < 3 * SWEEP:
+        component = ask(gate, now)
+        if component is None:
+            now += SWEEP // 64
+            continue
+        order.append(component)
+        read(gate, component, at=now)
+        now += MS
+    pairs = [(a, b) for a, b in pairwise(order) if a.kind is Kind.PROCESS]
+    assert len(pairs) > 10
+    assert all(b == relro_of(a.vm) for a, b in pairs)
 
 
 # ── Pending ───────────────────────────────────────────────────────────────────────────────────────

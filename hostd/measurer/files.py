@@ -286,10 +286,9 @@ class Registry:
     def claimed(self, process: tuple[int, int]) -> bool:
         return process in self._claims
 
-    def release_ended(self, alive: Iterable[tuple[int, int]], now: float) -> None:
+    def release_ended(self, alive: frozenset[tuple[int, int]], now: float) -> None:
         """Forgets the claims of processes not in `alive`, and files unused for `KEEP_S`."""
-        living = frozenset(alive)
-        for process in [process for process in self._claims if process not in living]:
+        for process in self._claims.keys() - alive:
             self._release(process)
         used = {item.file for item in self._uses}
         for file in list(self._by_number.values()):

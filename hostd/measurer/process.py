@@ -129,7 +129,7 @@ class ProcessProbe:
         self._shapes: dict[Shape, Shape] = {}
 
     def forget_ended(self, alive: frozenset[tuple[int, int]]) -> None:
-        for key in [key for key in self._last if key not in alive]:
+        for key in self._last.keys() - alive:
             del self._last[key]
         if len(self._ranges) > MAX_SHARED or len(self._shapes) > MAX_SHARED:
             self._ranges.clear()

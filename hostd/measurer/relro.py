@@ -107,7 +107,7 @@ class RelroProbe:
         self._states: dict[tuple[int, int], _State] = {}
 
     def forget_ended(self, alive: frozenset[tuple[int, int]]) -> None:
-        for key in [key for key in self._states if key not in alive]:
+        for key in self._states.keys() - alive:
             del self._states[key]
         self._modules.drop_idle()
 

@@ -54,6 +54,9 @@ def test_copy_of_the_disk(binary: Path) -> None:
             acknowledged = load.created
             shutil.copytree(host.state, other.state)
             shutil.copy(host.directory / "trust.json", other.directory)
+            # The same officers, or the store would not open.
+            text = other.config_path.read_text()
+            other.config_path.write_text(text.replace(other.officers_section(), host.officers_section()))
             for pid in reversed(pids):
                 os.kill(pid, signal.SIGCONT)
             other.start()

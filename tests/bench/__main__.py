@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from guestlib.attest.bundle import parse_bundle
-from tests.bench import measuring
+from tests.bench import lab, measuring
 from tests.bench.report import Report, median, percentile
 from tests.e2e.harness import Host, Settings, adopted, directory, machine, until
 from tests.support.qemu import copy_of_qemu
@@ -230,6 +230,7 @@ def main() -> None:
             memory(report, host)
             start(report, host, 3)
         imports(report)
+    lab.kernel(report)
     report.write()
 
 

@@ -98,8 +98,6 @@ def _rows(report: Report, count: int, found: dict[str, float]) -> None:
         report.add(
             "pass.naive_ms", found["naive_ms"], "ms", samples=3, note=f"{where}; see sweep.naive_ratio"
         )
-        if "kernel_ms" in found:
-            report.add("kernel.pass_ms", found["kernel_ms"], "ms", samples=rounds, note=note)
     if count == max(COUNTS):
         report.add(
             "memory.bandwidth_gbps", bandwidth, "GB/s", samples=7,

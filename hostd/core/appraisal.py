@@ -138,4 +138,10 @@ class Appraiser:
             )
             for holder in reading.unknown[:MAX_FINDINGS]
         )
-        return Verdict(GUESTS, Status.DRIFTED if findings else Status.VERIFIED, findings)
+        claims = (
+            ("hypervisors", str(len(reading.hypervisors))),
+            ("of them VMs", str(sum(bool(item.vm) for item in reading.hypervisors))),
+            ("strangers with vsock", str(len(reading.unknown))),
+        )
+        status = Status.DRIFTED if findings else Status.VERIFIED
+        return Verdict(GUESTS, status, findings, claims=claims)

@@ -45,7 +45,7 @@ from hostd.platform.kcore import Kcore, KcoreError, MalformedKcoreError
 if TYPE_CHECKING:
     from hostd.config import Config
 
-BUILD_AGAIN_S: Final = 10.0
+BUILD_AGAIN_S: Final = 2.0
 """After a builder that failed."""
 SUSPECT_AGAIN_S: Final = 60.0
 """After one that found something altered: it may have been put back."""

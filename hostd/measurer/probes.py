@@ -61,7 +61,8 @@ class Measurer:
         self._ima = ImaProbe()
         self._boot = BootProbe()
         self._kernel: KernelProbe | None = None
-        self._relro = RelroProbe(self.registry, tagger, self._lane, maps=maps)
+        step_s = config.measure.deadline_s / 100
+        self._relro = RelroProbe(self.registry, tagger, self._lane, maps=maps, step_s=step_s)
         self._domain = DomainProbe(self.guests)
         self._self = SelfProbe(self.registry, self.processes)
         self.guests.look()

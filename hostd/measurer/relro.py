@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from hostd.platform.procfs import ProcessHandle, Vma
 
 STEP_S: Final = 0.02
-"""Spent in one reading on parsing and linking, and then what one file takes: up to 40 ms for QEMU's."""
+"""Spent in one reading on parsing and linking, and then what one file takes: up to 40 ms for QEMU's. A
+hundredth of a reading's deadline as it is by default."""
 RETRY_S: Final = (0.0, 0.0005, 0.002, 0.008, 0.03)
 """Waits before memory that differs is read again."""
 Image = tuple[int, ...]
@@ -97,6 +98,7 @@ class RelroProbe:
         *,
         maps: MapsReader | None = None,
         memory: MemoryReader | None = None,
+        step_s: float = STEP_S,
     ) -> None:
         self._tagger = tagger
         self._lane = lane
@@ -104,6 +106,7 @@ class RelroProbe:
         self._names = Names(registry)
         self._maps = maps or MapsReader()
         self._memory = memory or MemoryReader()
+        self._step_s = step_s
         self._states: dict[tuple[int, int], _State] = {}
 
     def forget_ended(self, alive: frozenset[tuple[int, int]]) -> None:
@@ -143,7 +146,7 @@ class RelroProbe:
     def _read(
         self, state: _State, hypervisor: Hypervisor, handle: ProcessHandle, since: int | None
     ) -> RelroReading:
-        until = time.monotonic() + STEP_S
+        until = time.monotonic() + self._step_s
         for wait in RETRY_S:
             if wait:
                 time.sleep(wait)

@@ -300,9 +300,10 @@ class Gate:
 
     def _behind(self, component: Component) -> set[Component]:
         """What a component that is pending may be waiting for, unless it was read since: the shared files
-        (what a process has mapped meanwhile) and the list of machines (it ended, or was started again)."""
+        (what a process has mapped meanwhile) and the list of machines (it ended, or was started again).
+        `relro` waits for its own work, and its VM's `process` for the rest."""
         stamp = self._stamps.get(component)
-        if stamp is None or stamp.status is not Status.PENDING:
+        if stamp is None or stamp.status is not Status.PENDING or component.kind is Kind.RELRO:
             return set()
         found = {FILES} if component == SELF else {FILES, GUESTS} if component.kind in VM_KINDS else set()
         return {c for c in found if (s := self._stamps.get(c)) is None or s.started <= stamp.started}

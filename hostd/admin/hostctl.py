@@ -54,11 +54,13 @@ def status(context: Context) -> None:
     def render() -> None:
         out = context.out
         colour = "green" if report.gate == "open" else "red"
-        out.print(f"gate       [{colour}]{report.gate}[/]  {_plain(report.reason)}", highlight=False)
+        reason = f"  {_plain(report.reason)}" if report.reason else ""
+        out.print(f"gate       [{colour}]{report.gate}[/]{reason}", highlight=False)
         for component in report.drifted:
             out.print(f"drift      [red]{_plain(component)}[/]", highlight=False)
         locked = "unlocked" if report.keys_unlocked else "locked"
-        out.print(f"keys       {locked}; by state: {report.keys or 'none'}")
+        states = ", ".join(f"{count} {_plain(state)}" for state, count in sorted(report.keys.items()))
+        out.print(f"keys       {locked}; by state: {states or 'none'}")
         out.print(f"reference  {report.reference[:16] or 'none in force'}")
         out.print(f"tpm        {report.tpm}")
         out.print(f"ledger     {report.ledger_size} entries, root {report.ledger_root[:16]}")
@@ -313,7 +315,10 @@ def main() -> None:
     except click.Abort:
         sys.exit(130)
     except (HostdError, ConfigError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
+        click.echo(f"error: {text}", err=True)
         hint = next((text for cls, text in _HINTS if isinstance(error, cls)), None)
         if hint:
             click.echo(f"hint: {hint}", err=True)

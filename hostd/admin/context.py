@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 WIDE: Final = 250
 """Columns of what goes to a file or another program: nothing is cut."""
+ANSWER_S: Final = 30.0
+SLACK_S: Final = 5.0
 LONG_S: Final = 900.0
 """A survey of a whole system on a slow machine."""
 
@@ -54,14 +56,14 @@ class Context:
         return Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 
     def ask(
-        self, command: adm.GatedCommand | adm.UngatedCommand, result: type[T], timeout_s: float = 30.0
+        self, command: adm.GatedCommand | adm.UngatedCommand, result: type[T], timeout_s: float = ANSWER_S
     ) -> T:
-        """The vault's answer.
+        """The vault's answer. It is waited for longer than the vault lets a command wait at its gate.
 
         Raises:
             HostdError: the vault's refusal, or no answer.
         """
-        link = Link(self.config, timeout_s=timeout_s)
+        link = Link(self.config, timeout_s=max(timeout_s, self.config.gate.deadline_s + SLACK_S))
         try:
             return link.ask(command, result)
         finally:

@@ -66,8 +66,6 @@ class Link:
                 for record in self._channel.receive():
                     if record.seq == seq:
                         return self._result(record, result)
-        except TimeoutError:
-            raise TransportError("the vault did not answer in time") from None
         except ChannelError as error:
             raise TransportError(f"the vault closed the connection: {error} (are you an officer?)") from error
 

@@ -185,7 +185,7 @@ class Channel(Generic[T]):
             head = self._out[0]
             try:
                 sent = self.sock.send(head)
-            except BlockingIOError:
+            except (BlockingIOError, TimeoutError):
                 return
             except OSError as error:
                 raise ChannelClosedError(f"peer is gone: {error.strerror}") from error
@@ -208,7 +208,7 @@ class Channel(Generic[T]):
                 socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize),
                 socket.MSG_CMSG_CLOEXEC,
             )
-        except BlockingIOError:
+        except (BlockingIOError, TimeoutError):
             return []
         except OSError as error:
             raise ChannelClosedError(f"peer is gone: {error.strerror}") from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from qemu.errors import MissingToolError
+from qemu.errors import LabError, MissingToolError
 from qemu.guest import Guest
 from qemu.guest_python import GuestPython
 from qemu.host import LabHost
@@ -147,7 +147,10 @@ def running(lab_tools: None, hosts: list[LabHost]) -> Iterator[Running]:
         alice, bob = Guest(host, "alice", 7), Guest(host, "bob", 8)
         for guest in (alice, bob):
             guest.start()
-        service.baseline()
-        service.adopt(alice, "acme")
-        service.adopt(bob, "globex")
+        try:
+            service.baseline()
+            service.adopt(alice, "acme")
+            service.adopt(bob, "globex")
+        except LabError as error:
+            raise LabError(f"{error}\nthe roles' journal:\n{service.journal()[-6000:]}") from error
         yield Running(host, service, alice, bob)

@@ -87,7 +87,8 @@ class Appraiser:
     def appraise(self, component: Component, reading: Reading) -> Verdict:
         """The verdict on a reading that was asked for as `component`."""
         if isinstance(reading, Missing):
-            return Verdict(component, Status.ABSENT if reading.absent else Status.PENDING)
+            status = Status.ABSENT if reading.absent else Status.PENDING
+            return Verdict(component, status, claims=(("reason", reading.reason),))
         match component.kind, reading:
             case Kind.GUESTS, GuestsReading():
                 return self._guests(reading)

@@ -182,7 +182,7 @@ def _targets(rule: DomainRule, kind: str) -> str:
 def _claims(reading: DomainReading) -> tuple[tuple[str, str], ...]:
     silent = "the process's own command line" if reading.source == "proc" else "libvirt"
     return (
-        ("said_by", silent if reading.answered else "libvirt, which is silent now"),
+        ("said by", silent if reading.answered else "libvirt, which is silent now"),
         ("pid", str(reading.pid)),
         ("emulator", reading.emulator),
         ("machine", f"{reading.virt} {reading.machine}".strip()),
@@ -190,6 +190,6 @@ def _claims(reading: DomainReading) -> tuple[tuple[str, str], ...]:
         ("cid", str(reading.cid or "none")),
         ("confined", ", ".join(sorted({label.partition(" ")[0] for label in reading.labels})) or "no"),
         ("devices", str(len(reading.devices))),
-        ("passed_through", str(len(reading.arguments) + len(reading.environment))),
+        ("passed through", str(len(reading.arguments) + len(reading.environment))),
         ("definition", reading.definition.hex()),
     )

@@ -136,8 +136,8 @@ class SelfJudge:
 
     def _claims(self, reading: SelfReading) -> tuple[tuple[str, str], ...]:
         return (
-            ("managed_by", reading.manager),
-            ("installed_in", ", ".join(reading.roots)),
+            ("managed by", reading.manager),
+            ("installed in", ", ".join(reading.roots)),
             ("files", str(self._complete) if self._complete else "not all read yet"),
             ("processes", ", ".join(f"{role} {count}" for role, count in reading.roles)),
         )

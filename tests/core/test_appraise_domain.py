@@ -63,9 +63,9 @@ def test_a_usual_machine_is_good_and_says_what_it_is() -> None:
     claims = dict(verdict.claims)
     assert claims["emulator"] == QEMU
     assert claims["confined"] == "apparmor, dac"
-    assert claims["said_by"] == "libvirt"
-    assert "silent" in dict(judge(reading(answered=False)).claims)["said_by"]
-    assert "own command line" in dict(judge(reading(source="proc")).claims)["said_by"]
+    assert claims["said by"] == "libvirt"
+    assert "silent" in dict(judge(reading(answered=False)).claims)["said by"]
+    assert "own command line" in dict(judge(reading(source="proc")).claims)["said by"]
 
 
 def test_without_a_rule_it_is_absent() -> None:

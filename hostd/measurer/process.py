@@ -15,8 +15,7 @@ Every reading reads all mappings, and meanwhile, in a second thread, the page ta
 0.35 ms. What follows from them is worked out again only if one of the two is not, by keyed tag over all
 its bytes, what it was when it was last found good.
 
-Not covered: relocated read-only data, writable data, a patch that is taken back between two readings.
-
+Not covered: relocated data (`hostd.measurer.relro`), writable data, a patch that is taken back.
 Needs CAP_SYS_ADMIN (frames), CAP_SYS_PTRACE (maps, mem). Without access to /proc/PID/mem (ptrace_scope 3)
 the bytes seen are empty and everything else stands.
 """
@@ -74,8 +73,7 @@ NAMES_S: Final = 120.0
 MAX_SHARED: Final = 256
 MAX_NAME: Final = 4096
 VDSO: Final = "[vdso]"
-OWN: Final = "hostd"
-"""`Hypervisor.source` of hostd's own processes."""
+OWN: Final = "hostd"  # `Hypervisor.source` of hostd's own processes
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,8 @@
                                                                  ┘
 Execution comes after the verdict, never before: in a drifted state no key is touched. The quote runs
 in the TPM's thread while the disk works. `confirm` reads again what can change quickly: the IMA log,
-which must replay to the PCR 10 of this quote, and the process, mappings and relocated data of every VM in
-the batch; these readings start after the quote was taken. One batch is under way at a time; the ring goes
-on reading meanwhile.
+which must replay to the PCR 10 of this quote, and `process` and `relro` of every VM in the batch, by readings
+that start after the quote. One batch is under way at a time; the ring goes on reading meanwhile.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import pytest
 
 from hostd.measurer.freezer import NOTE, ROOT, scope_of
 from qemu.guest import Guest
+from qemu.service import MANIFEST
 from tests.lab.conftest import Running
 
 CONFIG = "/etc/hostd/hostd.toml"
@@ -28,20 +29,30 @@ def state(running: Running, switch: str) -> str:
     return running.host.get(switch).decode().strip()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def freezing(running: Running) -> Iterator[Running]:
-    """hostd with `gate.freeze = "always"`, and as it was afterwards."""
+    """hostd with `gate.freeze = "always"`, and as it was afterwards. Each is another host to `self`, so each
+    has a manifest of its own."""
     before = running.host.get(CONFIG)
-    running.host.run(
-        f"mkdir -p {DROP_IN} && printf '[Service]\\nProtectControlGroups=no\\n' > {DROP_IN}/freeze.conf"
-        f" && (echo; echo '[gate]'; echo 'freeze = \"always\"') >> {CONFIG}"
-        " && systemctl daemon-reload && systemctl restart hostd-measurer"
-    )
-    running.service.wait_active()
+    after = before.replace(b"[gate]\n", b'[gate]\nfreeze = "always"\n', 1)
+    assert after != before
+    drop_in = f"mkdir -p {DROP_IN} && printf '[Service]\nProtectControlGroups=no\n' > {DROP_IN}/freeze.conf"
+    configure(running, after, drop_in)
     yield running
-    running.host.put(before, CONFIG)
-    running.host.run(f"rm -r {DROP_IN}; systemctl daemon-reload; systemctl restart hostd-measurer")
+    configure(running, before, f"rm -r {DROP_IN}")
+
+
+def configure(running: Running, config: bytes, units: str) -> None:
+    running.host.run(["systemctl", "stop", "hostd-measurer"])
+    running.host.put(config, CONFIG)
+    running.host.run(f"{units} && systemctl daemon-reload && systemctl start hostd-measurer")
     running.service.wait_active()
+    running.host.run(f"rm -f {MANIFEST} {MANIFEST}.sig")
+    running.service.baseline()
+    for line in running.service.ctl_json("drift", "list")["drift"]:
+        running.service.ctl("drift", "clear", line["component"], "--reason", "configured anew")
+    for guest in (running.alice, running.bob):
+        running.service.give_trust(guest)
 
 
 def claims_of(running: Running, guest: Guest) -> dict[str, dict[str, str]]:
@@ -70,16 +81,16 @@ def test_a_vm_that_its_operator_froze_stays_frozen(freezing: Running) -> None:
         freezing.host.run(f"echo 0 > {shlex.quote(switch)}")
 
 
-def test_no_vm_stays_frozen_when_the_measurer_is_killed(running: Running) -> None:
+def test_no_vm_stays_frozen_when_the_measurer_is_killed(freezing: Running) -> None:
     """As if it had been killed while a VM stood still."""
-    switch = switch_of(running, running.alice)
+    switch = switch_of(freezing, freezing.alice)
     scope = str(Path(switch).parent.relative_to(ROOT))
-    running.host.put(scope.encode(), f"/run/hostd/{NOTE}")
-    old = running.service.pid_of("measurer")
-    running.host.run(f"echo 1 > {shlex.quote(switch)} && kill -KILL {old}")
+    freezing.host.put(scope.encode(), f"/run/hostd/{NOTE}")
+    old = freezing.service.pid_of("measurer")
+    freezing.host.run(f"echo 1 > {shlex.quote(switch)} && kill -KILL {old}")
     deadline = time.monotonic() + BACK_S
-    while state(running, switch) != "0":
+    while state(freezing, switch) != "0":
         assert time.monotonic() < deadline, "the VM is still frozen"
         time.sleep(0.5)
-    running.service.wait_active()
-    assert running.host.run(f"test ! -e /run/hostd/{NOTE}").text == ""
+    freezing.service.wait_active()
+    assert freezing.host.run(f"test ! -e /run/hostd/{NOTE}").text == ""

@@ -9,11 +9,12 @@ APT    := python3-venv python3-dev gcc pkg-config libtss2-dev libvirt-dev libsec
           qemu-system-x86 qemu-utils ovmf mmdebstrap e2fsprogs openssl openssh-client git
 SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help demo test check bench lab clean packages venv
+.PHONY: help demo test rehearsal check bench lab clean packages venv
 
 help:
 	@echo "make demo   the main job, shown step by step in the lab (a KVM host in a virtual machine)"
 	@echo "make test   all tests: lint, types, unit, real QEMU on this machine, the lab"
+	@echo "make rehearsal  the lab's long part: every attack on a running host, and a storm of legitimate events"
 	@echo "make check  the quick inner loop: lint, types, unit tests"
 	@echo "make bench  benchmarks as JSON lines, written to build/bench.json too"
 	@echo "make lab    a shell in the lab's host, with a guest running"
@@ -48,7 +49,10 @@ test: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	@echo "== all tests; those marked lab boot a KVM host in software emulation and take some minutes"
-	$(SUDO) $(BIN)/python -m pytest --durations=15 --cov --cov-report=term:skip-covered
+	$(SUDO) $(BIN)/python -m pytest -m "not rehearsal" --durations=15 --cov --cov-report=term:skip-covered
+
+rehearsal: venv
+	$(SUDO) $(BIN)/python -m pytest -m rehearsal -v -rA
 
 demo: venv
 	$(SUDO) $(BIN)/python -m qemu.demo

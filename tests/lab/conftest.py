@@ -35,12 +35,17 @@ ORDER = (
 )
 
 
+REHEARSAL = frozenset({"test_hostd_attacks", "test_hostd_innocents", "test_hostd_freeze"})
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in this folder is a lab test, and comes in the order above."""
     folder = __file__.rpartition("/")[0]
     lab = [item for item in items if item.path.is_relative_to(folder)]
     for item in lab:
         item.add_marker(pytest.mark.lab)
+        if item.path.stem in REHEARSAL:
+            item.add_marker(pytest.mark.rehearsal)
     places = [number for number, item in enumerate(items) if item in lab]
     lab.sort(key=lambda item: ORDER.index(item.path.stem.removeprefix("test_")))
     for place, item in zip(places, lab, strict=True):

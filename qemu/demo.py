@@ -104,6 +104,7 @@ class Demo:
             self._ctl(f"manifest from-host -o {MANIFEST}", timeout=900)
             self._ctl(f"manifest sign {MANIFEST} -k {OFFICER}")
             self._ctl(f"manifest install {MANIFEST}")
+            self.service.wait_measured()
             waiting.join()
             if failed:
                 raise failed[0]

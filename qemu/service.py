@@ -121,6 +121,25 @@ class Service:
             self.ctl("manifest", "sign", MANIFEST, "-k", OFFICER)
             self.ctl("manifest", "install", MANIFEST)
 
+    def wait_measured(self, limit: float = 300.0) -> None:
+        """Waits until everything has been read once, good or bad: files identified, the kernel compared.
+
+        Raises:
+            LabError: it is not in time; with what is missing.
+        """
+        deadline = time.monotonic() + limit
+        with step("waiting until everything is measured"):
+            while True:
+                found = self.ctl("--json", "measure", check=False)
+                lines = json.loads(found.stdout)["components"] if found.stdout else []
+                missing = [
+                    f"{one['component']}: {one['status']}" for one in lines if one["status"] != "verified"
+                ]
+                if lines and not missing:
+                    return
+                if time.monotonic() > deadline:
+                    raise LabError(f"not measured in {limit:g} s: {missing or found.stderr!r}")
+
     def adopt(self, guest: Guest, tenant: str) -> None:
         """Makes the tenant if need be, binds the guest to it, and gives the guest a trust bundle."""
         known = {name for name, _keys in self.ctl_json("tenant", "list")["tenants"]}

@@ -132,6 +132,7 @@ class Running:
         if not guest.running:
             guest.start()
             self.service.give_trust(guest)
+            self.service.wait_measured()
         return GuestPython(guest)
 
 
@@ -154,6 +155,7 @@ def running(lab_tools: None, hosts: list[LabHost]) -> Iterator[Running]:
             guest.start()
         try:
             service.baseline()
+            service.wait_measured()
             service.adopt(alice, "acme")
             service.adopt(bob, "globex")
         except LabError as error:

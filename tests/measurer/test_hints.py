@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from hostd.core.findings import GUESTS, IMA, Component, domain_of, process_of, r
 from hostd.ipc.loop import Loop
 from hostd.measurer import events, hints
 from hostd.measurer.events import MAX_AT_ONCE, Event, EventsError, ProcessEvents, Turn, events_in
-from hostd.measurer.hints import COALESCE_S, MAX_MARKED, Hints
+from hostd.measurer.hints import COALESCE_S, MAX_MARKED, PAUSE_S, Hints
 
 VM = "aaaaaaaa-0000-4000-8000-000000000001"
 
@@ -131,8 +130,23 @@ def test_a_start_of_a_configured_program_is_a_hint_and_of_another_is_none(proces
     child.wait()
 
 
-def test_a_fork_storm_costs_a_bounded_share(processes: ProcessEvents) -> None:
-    """Thousands of processes a second; this process's own time is what counts."""
+def counted(processes: ProcessEvents, monkeypatch: pytest.MonkeyPatch) -> list[Turn]:
+    """What its turns of reading give from now on."""
+    turns: list[Turn] = []
+    read = processes.read
+
+    def reading() -> Turn:
+        turns.append(read())
+        return turns[-1]
+
+    monkeypatch.setattr(processes, "read", reading)
+    return turns
+
+
+def test_a_fork_storm_costs_a_bounded_share(
+    processes: ProcessEvents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of processes a second: so many events at once, and then a pause."""
     storm = subprocess.Popen(
         [
             sys.executable,
@@ -143,17 +157,17 @@ def test_a_fork_storm_costs_a_bounded_share(processes: ProcessEvents) -> None:
     try:
         bench = Bench(processes)
         time.sleep(0.5)
-        before = resource.getrusage(resource.RUSAGE_SELF)
+        turns = counted(processes, monkeypatch)
         began = time.monotonic()
-        bench.turn(2.0)
-        after = resource.getrusage(resource.RUSAGE_SELF)
+        bench.until(lambda: sum(turn.more for turn in turns) > 20, within_s=30)
+        took = time.monotonic() - began
     finally:
         storm.kill()
         storm.wait()
-    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    share = used / (time.monotonic() - began)
-    print(f"fork storm: {share:.1%} of one core")
-    assert share < 0.15
+    print(f"fork storm: {len(turns)} turns in {took:.2f} s")
+    assert all(len(turn.events) <= MAX_AT_ONCE for turn in turns)
+    # After each full turn comes its pause.
+    assert sum(turn.more for turn in turns) <= took / PAUSE_S + 1
     # And it is heard again when the storm is over.
     bench.sent.clear()
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(5)"])
@@ -191,9 +205,25 @@ def test_full_turns_are_followed_by_a_pause() -> None:
     scripted = Scripted()
     scripted.turns = [Turn([Event("exec", 1)] * MAX_AT_ONCE, lost=True, more=True)] * 1000
     bench = Bench(scripted)
-    bench.turn(0.3)
-    assert 5 <= len(scripted.reads) <= 31
+    began = time.monotonic()
+    bench.until(lambda: len(scripted.reads) >= 20)
+    assert time.monotonic() - began >= 19 * PAUSE_S
     assert GUESTS in bench.components
+
+
+def test_what_was_lost_is_looked_for_when_all_that_is_there_was_taken() -> None:
+    scripted = Scripted()
+    full = Turn([Event("fork", 1)] * MAX_AT_ONCE, lost=False, more=True)
+    scripted.turns = [full._replace(lost=True), *[full] * 10]
+    bench = Bench(scripted)
+    bench.until(lambda: bench.components == {GUESTS})
+    bench.until(lambda: len(scripted.reads) >= 5)
+    bench.sent.clear()
+    bench.until(lambda: not scripted.turns)
+    bench.until(lambda: bench.components == {GUESTS})
+    bench.sent.clear()
+    bench.turn(0.1)
+    assert bench.sent == []
 
 
 def test_a_source_that_fails_is_given_up_and_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -462,9 +462,9 @@ def test_many_observers_are_told_at_once() -> None:
     gate = make_gate()
     for uid in range(5000):
         gate.observe(request(Caller(uid=uid), arrived=10, deadline=50))
-    began = time.monotonic()
+    began = time.thread_time()
     assert len(gate.observed(50)) == 5000
-    assert time.monotonic() - began < 1.0
+    assert time.thread_time() - began < 1.0
 
 
 def test_what_was_read_of_a_machine_before_it_was_listed_is_of_another_process_perhaps() -> None:

@@ -77,6 +77,14 @@ class Stage:
             python.close()
         self.running.alice.destroy()
 
+    def stop_all(self) -> None:
+        """No machine runs; each is started again for its next request."""
+        self.stop()
+        python = self._python.pop(self.running.bob.name, None)
+        if python is not None:
+            python.close()
+        self.running.bob.destroy()
+
     def accept_taint(self, taint: int) -> None:
         """An officer accepts a taint that the reviewed host did not have: a new version of the manifest."""
         document: dict[str, Any] = json.loads(self.host.get(MANIFEST))

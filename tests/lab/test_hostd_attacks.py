@@ -26,6 +26,9 @@ FIRMWARE = "/usr/share/seabios/bios-256k.bin"
 FREE_CID = 77
 HOLDERS_S = 60.0
 """Holders of the device are looked for in turn, and reported after some seconds (measurer/holders.py)."""
+OWN_S = 180.0
+"""hostd's own files and processes are read in turn (docs/measurement.md, "self")."""
+METRICS_GROUP = "/sys/fs/cgroup/system.slice/hostd-metrics.service"
 TAINTS = 1 << 12 | 1 << 13
 """Out of tree, unsigned (Documentation/admin-guide/tainted-kernels.rst)."""
 TEXT = ("kernel-text-altered",)
@@ -101,6 +104,73 @@ def replace_firmware(stage: Stage) -> Staged:
     stage.running.alice.start()
     stage.service.give_trust(stage.running.alice)
     return Staged((Sign("ima", ("ima-unknown",), (FIRMWARE,)),), undo, others=False)
+
+
+def write_raw_block(stage: Stage) -> Staged:
+    """On the disk, beneath the file system, while no machine runs: the file's times are the old ones, and the
+    kernel does not measure it again."""
+    stage.stop_all()
+    offset = _quiet_place_in_file(stage)
+    old, release = tamper_hooks.write_raw(stage.host, QEMU, offset, 0x33)
+
+    def undo() -> None:
+        stage.stop()
+        release()
+        _new, done = tamper_hooks.write_raw(stage.host, QEMU, offset, old)
+        done()
+
+    stage.running.alice.start()
+    stage.service.give_trust(stage.running.alice)
+    codes = ("file-unapproved", "file-altered")
+    return Staged((Sign(stage.own, codes, (QEMU,)),), undo, others=False)
+
+
+# ── hostd's own ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_own_text(stage: Stage) -> Staged:
+    """The code of a role of hostd's, through its memory."""
+    pid = stage.service.pid_of("metrics")
+    python = stage.host.run(["readlink", "-f", f"/proc/{pid}/exe"]).text.strip()
+    offset = tamper_hooks.write_text(stage.host, pid, python)
+
+    def undo() -> None:
+        stage.host.run(["systemctl", "restart", "hostd-metrics"])
+
+    sign = Sign("self", ("code-altered",), (f"pid {pid} ", f"file offset {offset:#x}"))
+    return Staged((sign,), undo, others=False, anew=False, within_s=OWN_S)
+
+
+def alter_own_file(stage: Stage) -> Staged:
+    """A module that the next start would load."""
+    path = stage.host.run("echo /opt/hostd/lib/python3*/site-packages/hostd/vault/gate.py").text.strip()
+    stage.host.run(
+        f"cp -p {path} /root/kept.py && cp -p {path} {path}.new && echo '# x' >> {path}.new"
+        f" && mv {path}.new {path}"
+    )
+
+    def undo() -> None:
+        stage.host.run(f"cp -p /root/kept.py {path}.new && mv {path}.new {path}")
+
+    return Staged(
+        (Sign("self", ("self-file-altered",), (path,)),), undo, others=False, anew=False, within_s=OWN_S
+    )
+
+
+def join_own_group(stage: Stage) -> Staged:
+    """Another program in the control group of one of hostd's units."""
+    command = stage.host.start(
+        ["sh", "-c", f"echo $$ > {METRICS_GROUP}/cgroup.procs; echo in; exec sleep 3600"]
+    )
+    command.wait_for_line(0, 30.0)
+
+    def undo() -> None:
+        command.kill()
+        command.wait(30.0, check=False)
+
+    return Staged(
+        (Sign("self", ("self-process-unknown",), ("sleep",)),), undo, others=False, anew=False, within_s=OWN_S
+    )
 
 
 # ── From outside ──────────────────────────────────────────────────────────────────────────────────────
@@ -183,6 +253,16 @@ def _quiet_place(stage: Stage) -> int:
     return _text(stage)[0]
 
 
+def _quiet_place_in_file(stage: Stage) -> int:
+    """That instruction's file offset, when no machine runs."""
+    script = (
+        f"data = open('{QEMU}', 'rb').read()\n"
+        "at = data.find(bytes.fromhex('31c0c30f1f'), len(data) // 2)\n"
+        "print(at)"
+    )
+    return int(stage.host.run(["python3", "-c", script]).text)
+
+
 def _text(stage: Stage) -> tuple[int, int]:
     """File offset and, in alice's process, address of that instruction."""
     script = (
@@ -215,6 +295,10 @@ ATTACKS = [
     Attack("CID taken by a program that is no hypervisor", claim_cid),
     Attack("second monitor by libvirt passthrough", add_monitor),
     Attack("firmware ROM replaced", replace_firmware),
+    Attack("text of a role of hostd written", write_own_text),
+    Attack("file of hostd replaced", alter_own_file),
+    Attack("program in the control group of a role", join_own_group),
+    Attack("block of QEMU's file written on the raw disk", write_raw_block),
     Attack("text of QEMU changed in RAM from outside", flip_text_from_outside),
     Attack("svm_vcpu_run changed in RAM from outside", flip_kernel_from_outside),
     Attack("unsigned kernel module loaded", load_module),

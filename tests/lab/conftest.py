@@ -30,12 +30,15 @@ ORDER = (
     "hostd_callers",
     "hostd_power",
     "hostd_drift",
+    "hostd_update",
     "hostd_innocents",
     "hostd_attacks",
 )
 
 
-REHEARSAL = frozenset({"test_hostd_attacks", "test_hostd_innocents", "test_hostd_freeze"})
+REHEARSAL = frozenset(
+    {"test_hostd_attacks", "test_hostd_innocents", "test_hostd_freeze", "test_hostd_update"}
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

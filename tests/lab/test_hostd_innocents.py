@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import TYPE_CHECKING
 
-from tests.lab.stage import ASKED, Stage
+from tests.lab.asking import Asking
+from tests.lab.stage import Stage
 from tests.support.innocents import Tally
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ PACKAGED = (
     *("/usr/bin/qemu-system-x86_64", "/usr/lib/x86_64-linux-gnu/libpixman-1.so.0"),
     *("/usr/share/seabios/bios-256k.bin", "/usr/share/seabios/vgabios-stdvga.bin"),
 )
-BETWEEN_ANSWERS_S = 0.2
 
 
 def test_a_storm_of_legitimate_events_raises_nothing(
@@ -56,43 +55,6 @@ def test_a_storm_of_legitimate_events_raises_nothing(
     assert asking.answers > 20
     assert {role: running.service.pid_of(role) for role in roles} == roles, "a role died"
     running.service.ctl("ledger", "verify")
-
-
-class Asking:
-    """Alice asks all the while."""
-
-    def __init__(self, running: Running) -> None:
-        self._running = running
-        self.answers = 0
-        self.refused: list[str] = []
-        self.began = time.monotonic()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._ask)
-
-    def __enter__(self) -> Asking:
-        self._python = self._running.python(self._running.alice)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._python.close()
-
-    def answered_once_more(self) -> None:
-        """Waits for two answers from now on: the second was asked for after this."""
-        wanted, until = self.answers + 2, time.monotonic() + 90
-        while self.answers < wanted and time.monotonic() < until:
-            time.sleep(0.2)
-        assert self.answers >= wanted
-
-    def _ask(self) -> None:
-        while not self._stop.wait(BETWEEN_ANSWERS_S):
-            answer = self._python.ask(ASKED)
-            if answer.ok:
-                self.answers += 1
-            else:
-                self.refused.append(answer.code or answer.shown)
 
 
 def _events(host: LabHost) -> Iterator[tuple[str, int, Callable[[], object]]]:

@@ -205,10 +205,9 @@ class Demo:
             failed.append(error)
 
     def _finding(self) -> dict[str, str]:
-        names = ("component", "code", "severity", "subject", "expected", "seen", "where")
         for line in self.service.ctl_json("drift", "list")["drift"]:
             if line["component"] == f"process:{self.guest.uuid}":
-                return dict(zip(names, line["findings"][0], strict=True))
+                return {"component": line["component"], **line["findings"][0]}
         raise DemoError("hostctl drift list does not name the guest's process")
 
     def _guest(self, python: GuestPython, op: str, code: str) -> Answer:

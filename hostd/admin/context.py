@@ -13,6 +13,7 @@ import msgspec
 from hostd.admin.link import Link, plain
 from hostd.admin.render import safe
 from hostd.config import load_config
+from hostd.ipc import operating as adm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from hostd.config import Config
-    from hostd.ipc import operating as adm
 
 T = TypeVar("T")
 WIDE: Final = 250
@@ -30,6 +30,18 @@ ANSWER_S: Final = 30.0
 SLACK_S: Final = 5.0
 LONG_S: Final = 900.0
 """A survey of a whole system on a slow machine."""
+
+
+def uuid(value: str) -> str:
+    """A VM's UUID, in lower case as the kernel and libvirt write it.
+
+    Raises:
+        click.BadParameter: it is none.
+    """
+    try:
+        return msgspec.convert(value.lower(), adm.Uuid)
+    except msgspec.ValidationError:
+        raise click.BadParameter(f"{value!r} is no VM's UUID; `hostctl vm list` shows them") from None
 
 
 class Context:

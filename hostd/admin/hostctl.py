@@ -13,7 +13,7 @@ import click
 import msgspec
 
 from guestlib.errors import CallerError, HostdError, RefusedDriftError, TransportError, UnavailableError
-from hostd.admin.context import LONG_S, Context, made
+from hostd.admin.context import LONG_S, Context, made, uuid
 from hostd.admin.manifest import manifest
 from hostd.admin.measure import COLUMNS, explanation, rows
 from hostd.admin.render import drift_lines, ledger_lines, safe
@@ -83,12 +83,12 @@ def status(context: Context) -> None:
 
 
 @cli.command()
-@click.option("--vm", default="", metavar="UUID", help="Only what this VM's requests rest on.")
+@click.option("--vm", type=uuid, default=None, metavar="UUID", help="Only what this VM's requests rest on.")
 @click.option("--explain", is_flag=True, help="With every claim and finding.")
 @click.pass_obj
-def measure(context: Context, vm: str, explain: bool) -> None:
+def measure(context: Context, vm: str | None, explain: bool) -> None:
     """Read everything anew and tell how each component was judged. Exit code 4 if something drifted."""
-    found = context.ask(made(adm.Measure, vm=vm.lower()), adm.Measured, LONG_S)
+    found = context.ask(made(adm.Measure, vm=vm or ""), adm.Measured, LONG_S)
 
     def render() -> None:
         context.table("", COLUMNS, rows(found))
@@ -184,22 +184,22 @@ def vm_list(context: Context) -> None:
 
 
 @vm.command("bind")
-@click.argument("uuid")
+@click.argument("vm_uuid", metavar="UUID", type=uuid)
 @click.argument("tenant_name", metavar="TENANT")
 @click.pass_obj
-def vm_bind(context: Context, uuid: str, tenant_name: str) -> None:
+def vm_bind(context: Context, vm_uuid: str, tenant_name: str) -> None:
     """Let a VM act for a tenant."""
-    context.ask(made(adm.BindVm, vm=uuid.lower(), tenant=tenant_name), adm.Nothing)
-    click.echo(f"VM {uuid.lower()} acts for tenant {tenant_name}")
+    context.ask(made(adm.BindVm, vm=vm_uuid, tenant=tenant_name), adm.Nothing)
+    click.echo(f"VM {vm_uuid} acts for tenant {tenant_name}")
 
 
 @vm.command("unbind")
-@click.argument("uuid")
+@click.argument("vm_uuid", metavar="UUID", type=uuid)
 @click.pass_obj
-def vm_unbind(context: Context, uuid: str) -> None:
+def vm_unbind(context: Context, vm_uuid: str) -> None:
     """Take a VM's tenant away."""
-    context.ask(made(adm.UnbindVm, vm=uuid.lower()), adm.Nothing)
-    click.echo(f"VM {uuid.lower()} acts for no tenant")
+    context.ask(made(adm.UnbindVm, vm=vm_uuid), adm.Nothing)
+    click.echo(f"VM {vm_uuid} acts for no tenant")
 
 
 @cli.group()

@@ -30,13 +30,13 @@ def drift_lines(found: adm.Drift) -> Iterator[str]:
         yield "no drift"
     for line in found.drift:
         yield f"{safe(line.component)}  since {utc(line.since)}  ledger entry {line.ledger}"
-        for _component, code, severity, subject, expected, seen, *where in line.findings:
-            yield f"  {code} ({severity})"
-            yield f"    what      {safe(subject)}"
-            if where and where[0]:
-                yield f"    where     {safe(where[0])}"
-            yield f"    expected  {safe(expected)}"
-            yield f"    seen      {safe(seen)}"
+        for finding in line.findings:
+            yield f"  {safe(finding.code)} ({safe(finding.severity)})"
+            yield f"    what      {safe(finding.subject)}"
+            if finding.where:
+                yield f"    where     {safe(finding.where)}"
+            yield f"    expected  {safe(finding.expected)}"
+            yield f"    seen      {safe(finding.seen)}"
 
 
 def ledger_lines(entries: Iterable[dict[str, Any]]) -> Iterator[str]:

@@ -286,8 +286,7 @@ class DriftLine(msgspec.Struct, frozen=True):
     component: str
     since: int
     ledger: int
-    findings: tuple[tuple[str, ...], ...]
-    """Each: component, code, severity, subject, expected, seen, where."""
+    findings: tuple[FindingLine, ...]
 
 
 class Drift(msgspec.Struct, frozen=True):

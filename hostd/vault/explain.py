@@ -13,6 +13,7 @@ from hostd.ipc import operating as adm
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from hostd.core.findings import Finding
     from hostd.vault.gate import Gate
     from hostd.vault.waiting import Judged
 
@@ -47,20 +48,25 @@ def explain(
                 age_ms=0.0 if judged is None else (now - judged.started) / 1e6,
                 cost_ms=0.0 if judged is None else judged.cost_ns / 1e6,
                 claims=() if judged is None else judged.verdict.claims,
-                findings=tuple(
-                    adm.FindingLine(
-                        code=finding.code,
-                        severity=str(finding.severity),
-                        subject=finding.subject,
-                        where=finding.where,
-                        expected=finding.expected,
-                        seen=finding.seen,
-                    )
-                    for finding in findings
-                ),
+                findings=finding_lines(findings),
             )
         )
     return adm.Measured(reference=reference, version=version, components=tuple(lines))
+
+
+def finding_lines(findings: Iterable[Finding]) -> tuple[adm.FindingLine, ...]:
+    """Findings as operators get them; the component is named by whatever holds them."""
+    return tuple(
+        adm.FindingLine(
+            code=finding.code,
+            severity=str(finding.severity),
+            subject=finding.subject,
+            where=finding.where,
+            expected=finding.expected,
+            seen=finding.seen,
+        )
+        for finding in findings
+    )
 
 
 _TABLE = ("guests", "boot", "ima", "kernel", "posture", "files", "self", "process", "relro", "domain")

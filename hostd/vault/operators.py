@@ -24,7 +24,7 @@ from hostd.ipc.serving import Fault, Receipt, Reply
 from hostd.vault import manifests
 from hostd.vault.baseline import Capture
 from hostd.vault.batches import Job
-from hostd.vault.explain import explain
+from hostd.vault.explain import explain, finding_lines
 from hostd.vault.gate import ALWAYS
 from hostd.vault.service import Done
 from hostd.vault.waiting import Waiting
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from hostd.vault.vault import Vault
 
 MAX_CONNECTIONS: Final = 16
-_FINDINGS: Final = msgspec.msgpack.Decoder(tuple[tuple[str, ...], ...])
 
 
 class _Connection:
@@ -286,8 +285,7 @@ class Operators:
         lines = []
         for component, findings in sorted(self._vault.gate.latched.items()):
             since, entry = stored.get(str(component), (0, 0))
-            raw = msgspec.msgpack.encode(findings)
-            lines.append(adm.DriftLine(str(component), since, entry, _FINDINGS.decode(raw)))
+            lines.append(adm.DriftLine(str(component), since, entry, finding_lines(findings)))
         self._answer(connection, seq, adm.Drift(tuple(lines)))
 
     def _clear_drift(self, connection: _Connection, seq: int, command: adm.ClearDrift) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from hostd.admin.link import plain
 from hostd.admin.render import drift_lines, ledger_lines, safe
 from hostd.ipc import operating as adm
 
 NASTY = "/tmp/\x1b[2J\x07\rno drift\n\u202elib.so"
-FINDING = ("process:x", "code-altered", "critical", NASTY, NASTY, NASTY, NASTY)
+FINDING = adm.FindingLine("code-altered", "critical", NASTY, NASTY, NASTY, NASTY)
 
 
 def test_control_characters_are_shown_not_sent() -> None:
@@ -19,6 +20,11 @@ def test_drift_is_plain_lines() -> None:
     assert len(lines) == 6
     assert all(line.isprintable() for line in lines)
     assert list(drift_lines(adm.Drift(()))) == ["no drift"]
+
+
+def test_findings_have_named_fields_for_programs() -> None:
+    (line,) = plain(adm.Drift((adm.DriftLine("files", 0, 7, (FINDING,)),)))["drift"]
+    assert set(line["findings"][0]) == {"code", "severity", "subject", "where", "expected", "seen"}
 
 
 def test_ledger_is_plain_lines() -> None:

@@ -283,9 +283,8 @@ class Host:
 
     def drift(self) -> dict[str, list[dict[str, str]]]:
         """`hostctl --json drift list`: component → its findings by field."""
-        names = ("component", "code", "severity", "subject", "expected", "seen", "where")
         return {
-            line["component"]: [dict(zip(names, f, strict=False)) for f in line["findings"]]
+            line["component"]: [{"component": line["component"], **f} for f in line["findings"]]
             for line in self.hostctl_json("drift", "list")["drift"]
         }
 

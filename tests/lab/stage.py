@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 ANSWER_S = 90.0
 """From an officer's word, or a machine's start, to the next answer, under emulation."""
-FIELDS = ("component", "code", "severity", "subject", "expected", "seen", "where")
 TRIES = 4
 """The first connection under the CID of a machine that has ended may break."""
 ASKED = "client.random(8)"
@@ -48,7 +47,7 @@ class Stage:
 
     def drift(self) -> list[Finding]:
         return [
-            dict(zip(FIELDS, finding, strict=True))
+            {"component": line["component"], **finding}
             for line in self.service.ctl_json("drift", "list")["drift"]
             for finding in line["findings"]
         ]

@@ -1,0 +1,21 @@
+"""hostctl's own refusals: in plain words, before the vault is asked."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from hostd.admin.hostctl import cli
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["measure", "--vm"], ["vm", "unbind"], ["vm", "bind", "--"]],
+    ids=lambda argv: " ".join(argv),
+)
+@pytest.mark.parametrize("wrong", ["nonsense", "", "6f1c1a52-4f0e-4a0c-9a55-3d2f5b7a000"])
+def test_what_is_no_uuid(argv: list[str], wrong: str) -> None:
+    done = CliRunner().invoke(cli, [*argv, wrong, *(["acme"] if "bind" in argv else [])])
+    assert done.exit_code == 2
+    assert f"{wrong!r} is no VM's UUID; `hostctl vm list` shows them" in done.output
+    assert "regex" not in done.output

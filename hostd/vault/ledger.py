@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+from array import array
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -55,11 +56,28 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """Error code of `guestlib.errors` for a refusal."""
     detail: str = ""
     """For operators: findings, reasons."""
+    request: bytes = b""
+    """Commitment to the request, 32 bytes (`guestlib.attest.canonical`); empty if there is none."""
+    response: bytes = b""
+    """Commitment to the answer, likewise; a refusal has none."""
+    pass_entry: int = 0
+    """Of an entry of a batch: number of the `pass` entry that the batch begins with."""
+    evidence: bytes = b""
+    """Of `pass`: the evidence digest that the batch's quote signs, 32 bytes."""
+    first_start_ns: int = 0
+    last_end_ns: int = 0
+    """Of `pass`: when its first reading started and its last one ended, the vault's monotonic clock."""
+    readings: tuple[int, ...] = ()
+    """Of `pass`: numbers of its first and last reading."""
+    requests: int = 0
+    """Of `pass`: entries of the batch, which follow at once."""
+    withheld: tuple[tuple[int, int], ...] = ()
+    """Of `withheld`: first and last of each run of entries whose answers never left, ascending."""
 
 
 _ENCODER: Final = msgspec.json.Encoder()
 _DECODER: Final = msgspec.json.Decoder(Entry)
-_NOTED: Final = re.compile(rb'"event":"(?:drift|clear|officers|manifest|retire)"')
+_NOTED: Final = re.compile(rb'"event":"(?:drift|clear|officers|manifest|retire|withheld)"')
 """Events that the next start needs to know of. (A caller's text cannot look so: its quotes are escaped.)"""
 
 
@@ -78,7 +96,12 @@ class Ledger:
         """As the file stood when it was opened: component → entry of a drift that no later entry clears."""
         self.last: dict[str, Entry] = {}
         """As the file stood when it was opened: `officers`, `manifest`, `retire` → the last such entry."""
+        self.withheld: list[tuple[int, int]] = []
+        """Runs of entries whose answers never left, ascending."""
+        self._starts = array("Q")
+        """Where each line begins in the file, bytes."""
         self._buffer: list[bytes] = []
+        self._buffered = 0
         self._failed: str | None = None
         self.bytes = 0
         try:
@@ -110,6 +133,7 @@ class Ledger:
                 if b'"seq":%d,' % number not in body[:32]:
                     raise LedgerError(f"{self.path}: line {number + 1} is not entry {number}")
                 self.tree.append(leaf_hash(body))
+                self._starts.append(end)
                 end += len(line)
                 if _NOTED.search(body):
                     self._note(number, body)
@@ -124,6 +148,8 @@ class Ledger:
             self.open_drift[entry.op] = entry.seq
         elif entry.event == "clear":
             self.open_drift.pop(entry.op, None)
+        elif entry.event == "withheld":
+            self.withheld.extend(entry.withheld)
         else:
             self.last[entry.event] = entry
 
@@ -142,7 +168,10 @@ class Ledger:
         if len(body) >= MAX_ENTRY_BYTES:
             raise ValueError("entry is too long")
         self._buffer.append(body + b"\n")
+        self._starts.append(self.bytes + self._buffered)
+        self._buffered += len(body) + 1
         self.tree.append(leaf_hash(body))
+        self.withheld.extend(entry.withheld)
 
     def sync(self) -> None:
         """Writes what was appended and waits for the disk.
@@ -165,6 +194,7 @@ class Ledger:
             self._cut_back()
             raise LedgerError(f"{self.path}: {self._failed}") from error
         self._buffer.clear()
+        self._buffered = 0
         self._durable = self.tree.size
         self.bytes += len(data)
 
@@ -172,11 +202,38 @@ class Ledger:
         """Best effort: takes the unacknowledged tail off the file, so that the next start sees none."""
         self.tree.truncate(self._durable)
         self._buffer.clear()
+        self._buffered = 0
+        del self._starts[self._durable :]
         try:
             os.ftruncate(self._fd, self.bytes)
             os.fsync(self._fd)
         except OSError:
             return
+
+    @property
+    def durable(self) -> int:
+        """Entries that are on the disk."""
+        return self._durable
+
+    def stretch(self, start: int, count: int) -> list[bytes]:
+        """Durable lines from `start` on, at most `count`, as they are on the disk, without newlines.
+
+        Raises:
+            LedgerError: the file does not read, or is not what was written.
+        """
+        end = min(start + count, self._durable)
+        if not 0 <= start < end:
+            return []
+        begin = self._starts[start]
+        length = (self._starts[end] if end < len(self._starts) else self.bytes) - begin
+        try:
+            data = os.pread(self._fd, length, begin)
+        except OSError as error:
+            raise LedgerError(f"{self.path}: {error.strerror}") from error
+        lines = data.split(b"\n")
+        if len(data) != length or lines.pop() or len(lines) != end - start:
+            raise LedgerError(f"{self.path}: entries {start} to {end - 1} are not what was written")
+        return lines
 
     def entries(self, start: int, count: int) -> Iterator[Entry]:
         """Durable entries from `start` on."""

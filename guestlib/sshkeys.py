@@ -14,6 +14,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
+from guestlib.attest.reader import Reader
 from guestlib.errors import MalformedError
 
 MAX_LINE: Final = 4096
@@ -48,30 +49,10 @@ class PublicKey:
         return "SHA256:" + digest.decode().rstrip("=")
 
 
-class Wire:
-    """A cursor over SSH's wire encoding (RFC 4251, section 5) that leaves nothing unread.
+class Wire(Reader):
+    """A reader of SSH's wire encoding (RFC 4251, section 5)."""
 
-    Every method raises `MalformedError` on what is not of the form.
-    """
-
-    __slots__ = ("_data", "_position", "_what")
-
-    def __init__(self, data: bytes, what: str) -> None:
-        self._data = data
-        self._position = 0
-        self._what = what
-
-    def take(self, count: int) -> bytes:
-        """The next `count` bytes."""
-        end = self._position + count
-        if end > len(self._data):
-            raise self.refuse("cut short")
-        taken = self._data[self._position : end]
-        self._position = end
-        return taken
-
-    def u32(self) -> int:
-        return int.from_bytes(self.take(4), "big")
+    __slots__ = ()
 
     def string(self, limit: int) -> bytes:
         """A `string` of at most `limit` bytes."""
@@ -91,15 +72,6 @@ class Wire:
     def rest(self) -> bytes:
         """All that is left."""
         return self.take(len(self._data) - self._position)
-
-    def end(self) -> None:
-        left = len(self._data) - self._position
-        if left:
-            raise self.refuse(f"{left} trailing bytes")
-
-    def refuse(self, reason: str) -> MalformedError:
-        """The error to raise for `reason`."""
-        return MalformedError(f"{self._what}: {reason}")
 
 
 def string(value: bytes) -> bytes:

@@ -18,7 +18,7 @@ class Reader:
     def take(self, count: int) -> bytes:
         end = self._position + count
         if end > len(self._data):
-            raise MalformedError(f"{self._what}: truncated at byte {len(self._data)}")
+            raise self.refuse(f"truncated at byte {len(self._data)}")
         data = self._data[self._position : end]
         self._position = end
         return data
@@ -39,14 +39,14 @@ class Reader:
         """A TPM2B: two bytes of length, then that many bytes, at most `limit`."""
         size = self.u16()
         if size > limit:
-            raise MalformedError(f"{self._what}: a field of {size} bytes, at most {limit} are allowed")
+            raise self.refuse(f"a field of {size} bytes, at most {limit} are allowed")
         return self.take(size)
 
     def end(self) -> None:
         """Nothing may be left."""
         left = len(self._data) - self._position
         if left:
-            raise MalformedError(f"{self._what}: {left} trailing bytes")
+            raise self.refuse(f"{left} trailing bytes")
 
     def refuse(self, reason: str) -> MalformedError:
         """The error to raise for `reason`."""

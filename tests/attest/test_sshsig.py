@@ -260,7 +260,7 @@ def test_malformed_public_keys(officers: dict[str, Officer], place: Path) -> Non
         ("", "not `type"),
         (f"{kind} {encoded}", "not `type"),
         (f"no-pty {kind} {encoded}", "not base64|a name of"),
-        (f"{kind} {encoded[:-4]} {name}", "cut short"),
+        (f"{kind} {encoded[:-4]} {name}", "truncated"),
         (f"{kind} {encoded}AAAA {name}", "trailing"),
         (f"{kind} *{encoded} {name}", "not base64"),
         (f"{kind} {encoded} {'n' * 65}", "a name of"),

@@ -50,6 +50,64 @@ _CHUNK: Final = 1 << 20
 _NO_TAG: Final = bytes(16)
 
 
+class _Source:
+    """Segments of one file."""
+
+    __slots__ = ("file", "items", "stop", "views")
+
+    def __init__(self, file: File, items: list[Range]) -> None:
+        self.file = file
+        self.items = items
+        self.stop: int | None = None
+        """Where our mapping may be read up to; negative: not at all. None: not looked at yet."""
+        self.views: list[tuple[Range, memoryview]] = []
+
+    def look(self) -> bool:
+        """Looks at the file's size and owner anew; whether they ask for other views than before."""
+        own = self.file.own
+        assert own is not None
+        info = os.fstat(self.file.fd)
+        stop = min(whole_pages(info.st_size), own.length) if only_root_changes(info) else -1
+        if stop == self.stop:
+            return False
+        self.stop = stop
+        self.views = []
+        if stop >= 0:
+            for item in self.items:
+                end = min(item.offset + item.length, stop)
+                self.views.append((item, own.view[item.offset : max(end, item.offset)]))
+        return True
+
+
+class _Plan:
+    """What one set of claims asks to be read. It holds while the registry gives the very same tuple."""
+
+    def __init__(self, wanted: tuple[Range, ...], registry: Registry) -> None:
+        self.wanted = wanted
+        self.unknown: list[tuple[Range, File]] = []
+        """Not identified yet."""
+        self.expected: dict[Range, bytes] = {}
+        always: dict[int, _Source] = {}
+        ours: dict[int, _Source] = {}
+        for item in wanted:
+            file = registry.get(item.file)
+            # A file that is claimed is not dropped.
+            assert file is not None
+            if item not in file.tags:
+                self.unknown.append((item, file))
+                continue
+            self.expected[item] = file.tags[item]
+            sources = ours if registry.only_ours(item) else always
+            sources.setdefault(item.file, _Source(file, [])).items.append(item)
+        self.always = list(always.values())
+        self.ours = ours
+        self.views: list[tuple[Range, memoryview]] | None = None
+        """Of `always`, the short ones first."""
+
+    def outdated(self, wanted: tuple[Range, ...]) -> bool:
+        return self.wanted is not wanted or any(item in file.tags for item, file in self.unknown)
+
+
 class ContentsProbe:
     """Reads the files of the registry."""
 
@@ -59,59 +117,95 @@ class ContentsProbe:
         self._own_pages = own_pages
         self._lane = lane
         self._buffer = memoryview(mmap.mmap(-1, _CHUNK))
-        self._own: dict[Range, bytes] = {}
-        """Last tags of what only hostd's processes map, the longest unread first."""
+        self._plan = _Plan((), registry)
+        self._segments: dict[Range, Segment] = {}
+        """As last reported."""
+        self._own: dict[Range, None] = {}
+        """Of these, what only hostd's processes map, the longest unread first."""
+        self._odd: set[Range] = set()
+        """Of these, what is not as it was identified."""
 
     def read(self) -> FilesReading:
         """Tags of everything that is mapped now, and where it differs from what was identified. A segment
         that cannot be read is left out, and so is not verified."""
         wanted = self._registry.wanted()
-        tags: dict[Range, bytes] = {}
-        views: list[tuple[Range, memoryview]] = []
+        if self._plan.outdated(wanted):
+            self._renew(wanted)
+        plan = self._plan
         streamed: list[Range] = []
-        mapped: dict[int, int] = {}
-        for item in wanted:
-            file = self._file(item)
-            if item not in file.tags:
-                tags[item] = _NO_TAG
-                continue
-            assert file.own is not None
-            stop = mapped.get(item.file)
-            if stop is None:
-                info = os.fstat(file.fd)
-                size = min(whole_pages(info.st_size), file.own.length)
-                stop = mapped[item.file] = size if only_root_changes(info) else -1
-            if stop < 0:
-                streamed.append(item)
-            else:
-                end = min(item.offset + item.length, stop)
-                views.append((item, file.own.view[item.offset : max(end, item.offset)]))
-        kept = self._kept([item for item, _ in views])
-        tags.update(kept)
-        tags.update(self._tag_views([(item, view) for item, view in views if item not in kept]))
-        self._own = {item: tag for item, tag in self._own.items() if item in kept} | {
-            item: tags[item] for item, _ in views if item not in kept and self._registry.only_ours(item)
-        }
+        views = self._views(streamed) + self._own_views(streamed)
+        tags = self._tag_views(views)
         for item in self._affordable(streamed):
             try:
                 tags[item] = self._tag_stream(self._file(item), item)
             except BlockingIOError:
                 # It is fetched while others are read, for the next time.
                 os.posix_fadvise(self._file(item).fd, item.offset, item.length, os.POSIX_FADV_WILLNEED)
-        segments = tuple(Segment(*item, tags[item]) for item in wanted if item in tags)
-        return FilesReading(segments, tuple(self._altered(tags)))
+        for item in streamed:
+            if item not in tags:
+                self._segments.pop(item, None)
+                self._odd.discard(item)
+        segments, expected = self._segments, plan.expected
+        for item, tag in tags.items():
+            known = segments.get(item)
+            if known is None or known.tag != tag:
+                segments[item] = Segment(*item, tag)
+            if tag != expected[item]:
+                self._odd.add(item)
+            elif self._odd:
+                self._odd.discard(item)
+        return FilesReading(tuple(filter(None, map(segments.get, wanted))), tuple(self._altered()))
 
-    def _kept(self, items: list[Range]) -> dict[Range, bytes]:
-        """Those whose last tag is reported again; the others' turn it is."""
-        ours = {item for item in items if self._registry.only_ours(item)}
-        kept = {item: tag for item, tag in self._own.items() if item in ours}
+    def _renew(self, wanted: tuple[Range, ...]) -> None:
+        """Another plan. Of what was reported that stands which is read in turn."""
+        plan = self._plan = _Plan(wanted, self._registry)
+        ours = {item for source in plan.ours.values() for item in source.items}
+        self._own = {item: None for item in self._own if item in ours}
+        self._segments = {item: self._segments[item] for item in self._own}
+        self._odd &= self._own.keys()
+        for item, _ in plan.unknown:
+            self._segments[item] = Segment(*item, _NO_TAG)
+
+    def _views(self, streamed: list[Range]) -> list[tuple[Range, memoryview]]:
+        """Our mapping of what hypervisors map. What must not be read there is added to `streamed`."""
+        plan = self._plan
+        # All of them are looked at.
+        moved = [source.look() for source in plan.always]
+        if plan.views is None or any(moved):
+            plan.views = [view for source in plan.always for view in source.views]
+            plan.views.sort(key=_length)
+        for source in plan.always:
+            if not source.views:
+                streamed += source.items
+        return plan.views
+
+    def _own_views(self, streamed: list[Range]) -> list[tuple[Range, memoryview]]:
+        """The same of what only hostd's processes map, as far as its turn has come: what was never read, and
+        then what has been unread the longest. Of the rest the last tag is reported again."""
+        due: set[Range] = set()
         left = OWN_BYTES
-        for item in list(kept):
+        for item in self._own:
             if left <= 0:
                 break
             left -= item.length
-            del kept[item]
-        return kept
+            due.add(item)
+        views: list[tuple[Range, memoryview]] = []
+        for source in self._plan.ours.values():
+            turn = [item for item in source.items if item in due or item not in self._own]
+            if not turn:
+                continue
+            source.look()
+            if not source.views:
+                streamed += source.items
+                for item in source.items:
+                    self._own.pop(item, None)
+                continue
+            for item, view in source.views:
+                if item in due or item not in self._own:
+                    views.append((item, view))
+                    self._own.pop(item, None)
+                    self._own[item] = None
+        return views
 
     def _affordable(self, streamed: list[Range]) -> list[Range]:
         """Those that are read in this pass, small ones first."""
@@ -128,9 +222,8 @@ class ContentsProbe:
 
     def _tag_views(self, views: list[tuple[Range, memoryview]]) -> dict[Range, bytes]:
         """Both threads take the next segment until there is none."""
-        if sum(len(view) for _, view in views) < LANE_BYTES:
+        if sum(map(_length, views)) < LANE_BYTES:
             return self._tag_all(views)
-        views.sort(key=lambda item: len(item[1]))
         self._lane.start(self._tag_all, views)
         try:
             tags = self._tag_all(views)
@@ -183,11 +276,11 @@ class ContentsProbe:
             except OSError:
                 return
 
-    def _altered(self, tags: dict[Range, bytes]) -> Iterator[AlteredPage]:
+    def _altered(self) -> Iterator[AlteredPage]:
         left = MAX_ALTERED
-        for item, tag in tags.items():
+        for item in sorted(self._odd):
             file = self._file(item)
-            if tag == file.tags.get(item, tag) or item not in file.copies:
+            if item not in file.copies:
                 continue
             for at, was, is_now in file.copies[item].differences(self._now(file, item), left):
                 left -= 1
@@ -214,6 +307,10 @@ class ContentsProbe:
         # A file that is claimed is not dropped.
         assert file is not None
         return file
+
+
+def _length(view: tuple[Range, memoryview]) -> int:
+    return len(view[1])
 
 
 def _cached(fd: int, buffer: memoryview, offset: int) -> int:

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from hostd.vault.tpmlink import Quoted, TpmLink
     from hostd.vault.waiting import Pass, Waiting
 
-
 SECOND_LOOK: Final = frozenset({Kind.PROCESS, Kind.RELRO})
 """Kinds of each VM in the batch that are read again after the quote, besides the IMA log."""
 CONFIRM_S: Final = 5.0
@@ -139,6 +138,7 @@ class Batches:
         wall = time.time_ns() // 1_000_000
         shredded = False
         try:
+            self._store.refresh()
             for request in requests:
                 executed = self._execute(request, wall, passed.number)
                 shredded |= executed.done is not None and _job(request).shreds

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MAX_CACHED: Final = 4096
 """Key versions held unwrapped; the least recently used leaves."""
+MAX_TAGS: Final = 4096
+"""Rows whose tag was found right and is not computed again; over it all are forgotten."""
 
 SYMMETRIC: Final = frozenset({Algorithm.AES_256_GCM, Algorithm.HMAC_SHA_256})
 
@@ -50,7 +52,10 @@ class Keyring:
         self._store = store
         self._root: SecretBuffer | None = None
         self._keks: dict[tuple[str, int], bytes] = {}
+        self._salt_keys: dict[str, bytes] = {}
         self._cache: OrderedDict[tuple[str, int, int], bytes | primitives.PrivateKey] = OrderedDict()
+        self._right: set[tuple[str, bytes, bytes]] = set()
+        """(purpose, body, tag) that belong together under this ROOT."""
 
     def __repr__(self) -> str:
         return f"<Keyring {'locked' if self._root is None else 'unlocked'}>"
@@ -75,6 +80,8 @@ class Keyring:
         """Drops all that was unwrapped; ROOT stays. (Drift of one VM: nothing of its tenant lies about.)"""
         self._cache.clear()
         self._keks.clear()
+        self._salt_keys.clear()
+        self._right.clear()
 
     def forget(self, key_id: str) -> None:
         """Drops the cached versions of a key."""
@@ -96,6 +103,21 @@ class Keyring:
             self._keks[tenant, generation] = kek
         return kek
 
+    def salt(self, tenant: str, entry: int) -> bytes:
+        """The salt of a tenant's ledger entry, 16 bytes: derived each time, never stored.
+
+        Raises:
+            UnavailableError: the keys are locked.
+        """
+        if self._root is None:
+            raise UnavailableError("the keys are locked")
+        key = self._salt_keys.get(tenant)
+        if key is None:
+            with self._root.view() as view:
+                key = primitives.derive_salt_key(view, store=self._store.store_id, tenant=tenant)
+            self._salt_keys[tenant] = key
+        return primitives.receipt_salt(key, entry)
+
     def wrap(self, key: KeyRecord, version: int, state: State, generation: int, material: bytes) -> bytes:
         """Wrapped material for one row of the store."""
         return primitives.wrap(self._kek(key.tenant), material, binding(key, version, state, generation))
@@ -114,7 +136,14 @@ class Keyring:
 
     def tag_matches(self, purpose: str, body: bytes, tag: bytes) -> bool:
         """Raises: UnavailableError, the keys are locked."""
-        return primitives.mac_matches(self._row_key(), purpose.encode() + b"\0" + body, tag)
+        if self._root is not None and (purpose, body, tag) in self._right:
+            return True
+        if not primitives.mac_matches(self._row_key(), purpose.encode() + b"\0" + body, tag):
+            return False
+        if len(self._right) >= MAX_TAGS:
+            self._right.clear()
+        self._right.add((purpose, body, tag))
+        return True
 
     def _service_kek(self) -> bytes:
         return self._own_key(0)

@@ -7,6 +7,7 @@ not see; a binding taken away only denies.)
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from guestlib.errors import UnavailableError
@@ -42,5 +43,6 @@ class Membership:
         return tenant
 
 
+@lru_cache(4096)
 def _body(principal: str, tenant: str) -> bytes:
     return b"".join(len(raw).to_bytes(4, "big") + raw for raw in (principal.encode(), tenant.encode()))

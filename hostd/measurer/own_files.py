@@ -93,18 +93,18 @@ class OwnFiles:
         self._out: list[OwnFile] = []
         self._number = 1
         self._position = 0
-        self._looks = self._bytes = 0
+        self._looks = self._bytes = 0.0
 
-    def read(self) -> Part:
-        """The next part of the round."""
+    def read(self, share: float = 1.0) -> Part:
+        """The next part of the round. `share`, up to 1: of the work of a whole reading, once the first round
+        is over. What one reading does too much the next ones do less, and the other way round."""
         first = self._number == 1
-        self._looks = FIRST_LOOKS if first else LOOKS
-        self._bytes = FIRST_BYTES if first else CONTENT_BYTES
+        self._looks = FIRST_LOOKS if first else min(self._looks + LOOKS * share, LOOKS)
+        self._bytes = FIRST_BYTES if first else min(self._bytes + CONTENT_BYTES * share, CONTENT_BYTES)
         complete = False
         while self._looks > 0 and self._bytes > 0 and not complete:
             complete = next(self._steps)
-        if not first and self._bytes > 0:
-            self._bytes = min(self._bytes, CONTENT_BYTES)
+        if not first:
             while self._bytes > 0 and next(self._content):
                 pass
         out, self._out = tuple(self._out), []

@@ -177,6 +177,43 @@ def test_a_reading_is_bounded(tree: Path) -> None:
     assert max(len(part.files) for part in parts) <= LOOKS
 
 
+def test_readings_that_come_often_each_do_a_share_and_the_rounds_are_whole(tree: Path) -> None:
+    for number in range(300):
+        (tree / f"opt/lib/m{number}.py").write_bytes(b"x" * number)
+    files = own(tree)
+    assert len(one_round(files)) == 308
+    tenth = Sharing(files, 0.1)
+    assert len(one_round(tenth)) == 308
+    # A reading may do what those before it left undone, and its looks are at other things too.
+    assert tenth.readings >= 308 // LOOKS * 10 - 10
+
+    # Content is read again as well: this change leaves no trace in what the filesystem says.
+    target = tree / "opt/lib/m250.py"
+    info = os.stat(target)
+    target.write_bytes(b"y" * 250)
+    known = files._known[str(target)]
+    files._known[str(target)] = known._replace(stamp=own_files._stamp(os.stat(target)))
+    assert info.st_size == 250
+    for _ in range(1000):
+        if one_round(tenth)[str(target)].sha256 == sha(b"y" * 250):
+            break
+    else:
+        raise AssertionError("its content was never read again")
+
+
+class Sharing(OwnFiles):
+    """Reads another one's files with a share of the work in each reading."""
+
+    def __init__(self, files: OwnFiles, share: float) -> None:
+        self._files = files
+        self._share = share
+        self.readings = 0
+
+    def read(self, share: float = 1.0) -> Part:
+        self.readings += 1
+        return self._files.read(self._share)
+
+
 def test_this_very_checkout_agrees_with_a_survey_of_it() -> None:
     roots = installation()
     assert any(str(REPO).startswith(root.rstrip("/")) or root.startswith(str(REPO)) for root in roots)

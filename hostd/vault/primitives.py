@@ -50,6 +50,19 @@ def derive_kek(root: bytes | memoryview, *, store: bytes, tenant: str, generatio
     return HKDF(hashes.SHA256(), KEY_BYTES, salt=store, info=info).derive(root)
 
 
+def derive_salt_key(root: bytes | memoryview, *, store: bytes, tenant: str) -> bytes:
+    """The key that a tenant's receipt salts come from, 32 bytes; derived as `derive_kek`, with a label of
+    its own. It has no generation: receipts outlive rotations."""
+    info = b"hostd salt key v1\0" + tenant.encode()
+    return HKDF(hashes.SHA256(), KEY_BYTES, salt=store, info=info).derive(root)
+
+
+def receipt_salt(key: bytes, entry: int) -> bytes:
+    """The salt of one ledger entry's commitments, 16 bytes: HMAC-SHA-256(key, label || entry number
+    (8 bytes, big endian)), its first half. Whoever is told one learns nothing of another."""
+    return hmac.digest(key, b"hostd salt" + entry.to_bytes(8, "big"), "sha256")[:SALT_BYTES]
+
+
 def wrap(kek: bytes, material: bytes, binding: bytes) -> bytes:
     """nonce (12) || AES-256-GCM ciphertext and tag.
 

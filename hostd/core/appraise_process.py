@@ -13,13 +13,12 @@ A file not known yet makes the process PENDING and is asked for. A process that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from hostd.core.codes import Code
 from hostd.core.findings import Component, Finding, Severity, Status, Verdict
 from hostd.core.readings import EXEC, READ, WRITE
-from hostd.core.reference import DELETED
+from hostd.core.reference import DELETED, date_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -216,7 +215,7 @@ class _Judge:
             code if retired is None else Code.FILE_RETIRED,
             f"{self._subject}: {path}",
             "SHA-256 " + " or ".join(expected) if expected else "no such file",
-            f"SHA-256 {digest}{'' if retired is None else f', retired on {_date(retired)}'}",
+            f"SHA-256 {digest}{'' if retired is None else f', retired on {date_of(retired)}'}",
         )
 
     def _covered(self, mapping: Mapping, number: int, size: int) -> bool:
@@ -283,10 +282,6 @@ class _Judge:
             self._found.append(
                 Finding(str(self._component), code.value, Severity.CRITICAL, subject, expected, seen, where)
             )
-
-
-def _date(unix: int) -> str:
-    return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _plain(path: str) -> str:

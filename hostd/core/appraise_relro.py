@@ -3,7 +3,9 @@
 VERIFIED: the reading is of this VM's process, every ELF file that it maps as code was recomputed from bytes
 whose SHA-256 is a reference value of its path, and no word differs. Whether the files may be there at all is
 judged by `process`; a file that is not approved leaves this component PENDING, and so does a process that the
-dynamic linker is still working on. A file that cannot be recomputed is PENDING with a warning that names it.
+dynamic linker is still working on. So does one whose digest has retired, with a warning that says since when:
+`process` finds it, and an officer should not have to clear one cause twice. A file that cannot be recomputed
+is PENDING with a warning that names it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from hostd.core.codes import Code
 from hostd.core.findings import Finding, Severity, Status, Verdict
+from hostd.core.reference import date_of
 
 if TYPE_CHECKING:
     from hostd.core.findings import Component
@@ -36,31 +39,24 @@ class RelroJudge:
             more = f"{reading.altered_total} altered words"
             findings.append(_finding(component, Code.RELRO_ALTERED, subject, "no altered word", more))
         unapproved = 0
+        warnings: list[Finding] = []
         for file in reading.files:
-            expected = reference.expected(file.path)
-            if file.sha256.hex() in expected:
+            digest, expected = file.sha256.hex(), reference.expected(file.path)
+            if digest in expected:
                 continue
             unapproved += 1
-            if expected:
-                findings.append(
-                    _finding(
-                        component,
-                        Code.RELRO_SOURCE,
-                        f"{subject}: {file.path}",
-                        "SHA-256 " + " or ".join(expected),
-                        f"SHA-256 {file.sha256.hex()}",
-                    )
-                )
+            retired = reference.retired(file.path, digest)
+            about = f"{subject}: {file.path}"
+            wanted = "SHA-256 " + " or ".join(expected) if expected else "no such file"
+            if retired is not None:
+                seen = f"SHA-256 {digest}, retired on {date_of(retired)}"
+                warnings.append(_warning(component, Code.RELRO_SOURCE, about, wanted, seen))
+            elif expected:
+                findings.append(_finding(component, Code.RELRO_SOURCE, about, wanted, f"SHA-256 {digest}"))
         drifted = bool(findings)
+        findings += warnings
         findings += [
-            Finding(
-                str(component),
-                Code.RELRO_UNCOVERED.value,
-                Severity.WARNING,
-                subject,
-                "every file recomputed",
-                name,
-            )
+            _warning(component, Code.RELRO_UNCOVERED, subject, "every file recomputed", name)
             for name in reading.uncovered
         ]
         claims = (
@@ -98,6 +94,10 @@ def _altered(component: Component, subject: str, slot: AlteredSlot) -> Finding:
     if slot.reason == "writable":
         expected = "read-only"
     return _finding(component, code, f"{subject}: {slot.name}", expected, seen, where)
+
+
+def _warning(component: Component, code: Code, subject: str, expected: str, seen: str) -> Finding:
+    return Finding(str(component), code.value, Severity.WARNING, subject, expected, seen)
 
 
 def _shown(value: Value) -> str:

@@ -4,7 +4,7 @@
 |--------------------------------------------|-----------------------------------------------------------|
 | a file of the installation, a unit, a      | its SHA-256 is a reference value of its path              |
 | drop-in, the configuration, the IMA policy |                                                           |
-| reference values of hostd's own files      | the file is there                                         |
+| reference values of hostd's own files      | the file is there, unless an approved update removes it   |
 | any of these files                         | only root may write it and its folder (under systemd)     |
 | a process                                  | as a hypervisor under KVM (`hostd.core.appraise_process`) |
 | processes in the units' control groups     | run hostd's interpreter and nothing else                  |
@@ -28,6 +28,7 @@ from hostd.core.codes import Code
 from hostd.core.findings import SELF, Finding, Severity, Status, Verdict
 from hostd.core.ownfiles import is_own
 from hostd.core.reading_self import MAX_OWN_FILES
+from hostd.core.reference import date_of
 
 if TYPE_CHECKING:
     from hostd.core.appraise_files import FileBook
@@ -56,6 +57,8 @@ class SelfJudge:
         self._complete = 0
         """Number of files of the last whole round; 0: there was none yet."""
         self._expected: tuple[Reference | None, tuple[str, ...], frozenset[str]] = (None, (), frozenset())
+        """Reference values, installation folders, and the paths of the one that are hostd's own by the
+        other."""
 
     def appraise(
         self, component: Component, reading: SelfReading, reference: Reference, files: FileBook
@@ -67,7 +70,7 @@ class SelfJudge:
         found = [
             finding for file in reading.files for finding in _judge_file(file, reference, reading.manager)
         ]
-        found += self._missing(reading, expected)
+        found += self._missing(reading, expected - reference.leaving)
         found += [
             _finding(Code.SELF_PROCESS_UNKNOWN, name, "hostd's own interpreter", "another program")
             for name in reading.strangers
@@ -156,7 +159,7 @@ def _judge_file(file: OwnFile, reference: Reference, manager: str) -> list[Findi
                 code,
                 file.path,
                 "SHA-256 " + " or ".join(accepted[:4]) if accepted else "no such file",
-                seen if retired is None else f"{seen}, retired",
+                seen if retired is None else f"{seen}, retired on {date_of(retired)}",
             )
         )
     if not file.guarded and manager == "systemd":

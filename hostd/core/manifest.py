@@ -7,6 +7,7 @@ version and names the one that it was made from. `digests` map a path to SHA-256
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -104,7 +105,7 @@ def from_host(
 
     `files` are identities of what hypervisor processes map, `survey` digests of what is on disk (path →
     SHA-256, 32 bytes), `log` the kernel's measurements so far. Violations are not made acceptable. What
-    `base`, the document in force, says of the coming and going of digests stays said.
+    `base`, the document in force, says of the coming and going of digests and files stays said.
 
     Raises:
         ValueError: a value is out of the document's bounds.
@@ -120,7 +121,9 @@ def from_host(
             measured.setdefault(entry.path, set()).add(entry.content)
     coming: dict[str, tuple[str, ...]] = {}
     retire: dict[str, dict[str, int]] = {}
+    leaving: frozenset[str] = frozenset()
     if base is not None:
+        leaving = base.leaving & digests.keys()
         coming = {path: tuple(set(v) - set(digests.get(path, ()))) for path, v in base.next.items()}
         retire = base.retire
     return new_document(
@@ -131,12 +134,17 @@ def from_host(
         files=digests,
         next=sorted_digests(coming),
         retire=retire,
+        remove=_removals(leaving),
         ima=sorted_digests(measured),
         posture=None if posture is None else propose_posture(posture),
         boot=boot,
         kernel=kernel,
         domain=domain,
     )
+
+
+def _removals(paths: Iterable[str]) -> tuple[str, ...] | msgspec.UnsetType:
+    return tuple(sorted(paths)) or msgspec.UNSET
 
 
 def _changed(base: Reference, created: int, **parts: Any) -> Reference:
@@ -153,21 +161,30 @@ def approve_next(
     created: int,
     sources: Iterable[Source] = (),
     retire_after_s: int | None = None,
+    removals: Iterable[str] = (),
 ) -> Reference:
     """`base` with these digests as `next`; with `retire_after_s` all others of the same paths retire so
-    long after `created`. A digest that was to retire and is approved again stays.
+    long after `created`, and those of `removals` too. A digest that was to retire, or whose file was to be
+    removed, and that is approved again stays.
 
     Raises:
-        ValueError: a value is out of the document's bounds.
+        ValueError: a value is out of the document's bounds, or a file to be removed is unknown to `base` or
+            among `digests`.
     """
     wanted = sorted_digests(digests)
+    gone = frozenset(removals)
+    for path in sorted(gone):
+        if path in wanted:
+            raise ValueError(f"{path}: it cannot be removed and replaced at once")
+        if path not in base.files and path not in base.next:
+            raise ValueError(f"{path}: the manifest has no such file to remove")
     coming = merged(base.next, {p: set(v) - set(base.files.get(p, ())) for p, v in wanted.items()})
     retire = {
         path: {digest: when for digest, when in times.items() if digest not in wanted.get(path, ())}
         for path, times in base.retire.items()
     }
     if retire_after_s is not None:
-        for path, values in wanted.items():
+        for path, values in {**wanted, **dict.fromkeys(gone, ())}.items():
             for old in {*base.files.get(path, ()), *base.next.get(path, ())} - set(values):
                 times = retire.setdefault(path, {})
                 times[old] = min(created + retire_after_s, times.get(old, created + retire_after_s))
@@ -176,6 +193,7 @@ def approve_next(
         created,
         next=coming,
         retire={path: times for path, times in retire.items() if times},
+        remove=_removals((base.leaving - wanted.keys()) | gone),
         sources=ordered((*base.sources, *sources)),
     )
 
@@ -189,12 +207,12 @@ def retire(
     after_s: int = 0,
 ) -> Reference:
     """`base` after an update: `next` digests become `files`, and the old digests of the same paths retire
-    `after_s` after `created`. Digests whose time has come leave the document's `files`; their entry in
-    `retire` stays, so that a finding can say since when.
+    `after_s` after `created`; so do all digests of files that were to be removed. Digests whose time has
+    come leave the document's `files`; their entry in `retire` stays, so that a finding can say since when.
 
     `paths` limits it to those; None: all paths that have a `next`. With `seen` (path → digests in use on
     the host) only digests that nobody uses retire, of every path that has several, and only a `next`
-    that was seen counts as arrived.
+    that was seen counts as arrived. A file to be removed of which nothing was seen counts as removed.
 
     Raises:
         ValueError: nothing would change, or a value is out of the document's bounds.
@@ -202,15 +220,22 @@ def retire(
     files = {path: set(values) for path, values in base.files.items()}
     coming = {path: set(values) for path, values in base.next.items()}
     times = {path: dict(values) for path, values in base.retire.items()}
+    unused = 0
     several = {path for path, values in files.items() if len(values) > 1}
-    for path in sorted(set(coming) | several) if paths is None else paths:
+    candidates = sorted({*coming, *several, *base.leaving}) if paths is None else list(paths)
+    for path in candidates:
         used = None if seen is None else set(seen.get(path, ()))
         arrived = {d for d in coming.get(path, ()) if used is None or d in used}
-        if seen is None:
+        if path in base.leaving:
+            if used:
+                continue  # it is still in use
+            arrived, old = set(), files.get(path, set()) | coming.get(path, set())
+        elif seen is None:
             old = files.get(path, set()) - arrived if arrived else set()
         else:
             old = files.get(path, set()) - (used or set())
             if old == files.get(path, set()) and not arrived:
+                unused += 1
                 continue  # nothing of this path is in use: that says nothing about which one is old
         files.setdefault(path, set()).update(arrived)
         coming[path] = coming.get(path, set()) - arrived
@@ -226,23 +251,66 @@ def retire(
         "files": sorted_digests(files),
         "next": sorted_digests(coming),
         "retire": {path: values for path, values in times.items() if values},
+        "remove": _removals(path for path in base.leaving if files.get(path) or coming.get(path)),
     }
     if all(getattr(base, name) == value for name, value in parts.items()):
-        raise ValueError("nothing to retire: no path has a digest that another one replaces")
+        raise ValueError(_nothing(len(candidates), unused if seen is not None else None))
     return _changed(base, created, **parts)
+
+
+def _nothing(candidates: int, unused: int | None) -> str:
+    """Why nothing retires; `unused` of the paths are not in use at all (None: nobody asked for that)."""
+    if not candidates:
+        return (
+            "nothing to retire: no path has several digests, or one that is next, and none is to be removed"
+        )
+    if unused is None:
+        return "nothing to retire: no `next` digest replaces one, and no file is to be removed"
+    return (
+        f"nothing to retire: {candidates} paths have several digests; of {unused} of them this host has used "
+        "none, which does not tell which one is old, and of the others all that could end are in use"
+    )
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """How much a document says, counted the same way wherever it is shown."""
+
+    files: int
+    """Paths that have a digest in use."""
+    next: int
+    """Digests approved and not yet in use."""
+    retire: int
+    """Digests whose time is still to come."""
+    remove: int
+    """Files that may be missing."""
+
+    def __str__(self) -> str:
+        digests = f"digests: {self.next} next, {self.retire} to retire"
+        return f"{self.files} files; {digests}; {self.remove} files to remove"
+
+
+def counts(reference: Reference, now: int) -> Counts:
+    """Of a document at `now` (unix time)."""
+    return Counts(
+        files=len(reference.files),
+        next=sum(map(len, reference.next.values())),
+        retire=sum(when > now for times in reference.retire.values() for when in times.values()),
+        remove=len(reference.leaving),
+    )
 
 
 class Difference(msgspec.Struct, frozen=True):
     """One thing in which two documents differ."""
 
     part: str
-    """`files`, `next`, `retire`, `ima`, `posture`, …"""
+    """`files`, `next`, `retire`, `remove`, `ima`, `posture`, …"""
     what: str
     """`added`, `removed`, `changed`."""
     name: str
     """Path or key."""
     before: str
     after: str
+    """Times are dates in UTC, as ISO 8601 writes them."""
 
 
 def diff(a: Reference, b: Reference) -> tuple[Difference, ...]:
@@ -250,9 +318,7 @@ def diff(a: Reference, b: Reference) -> tuple[Difference, ...]:
     left, right = msgspec.to_builtins(a), msgspec.to_builtins(b)
     found: list[Difference] = []
     for part in Reference.__struct_fields__:
-        before, after = left[part], right[part]
-        if part == "sources":
-            before, after = ({_source(s): "there" for s in side} for side in (before, after))
+        before, after = (_shown(part, side.get(part)) for side in (left, right))
         if isinstance(before, dict) and isinstance(after, dict):
             for name in sorted({*before, *after}):
                 if before.get(name) != after.get(name):
@@ -260,6 +326,24 @@ def diff(a: Reference, b: Reference) -> tuple[Difference, ...]:
         elif before != after:
             found.append(_difference(part, part, before, after))
     return tuple(found)
+
+
+def _shown(part: str, value: Any) -> Any:
+    """What a part holds, as it is compared: lists by their items, times as dates."""
+    match part:
+        case "sources":
+            return {_source(source): "there" for source in value}
+        case "remove":
+            return dict.fromkeys(value or (), "may be missing")
+        case "created":
+            return _date(value)
+        case "retire":
+            return {path: {d: _date(when) for d, when in times.items()} for path, times in value.items()}
+    return value
+
+
+def _date(unix: int) -> str:
+    return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _source(source: dict[str, str]) -> str:

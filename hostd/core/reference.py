@@ -5,14 +5,17 @@ themselves are refused, so that its digest, SHA-256 over those bytes, identifies
 kernel names files (`d_path`).
 
 A file's digest goes through three stages: `next` (approved, not yet seen), `files` (in use), and `retire`
-(a time from which it is accepted no more). `at` gives the document as it is in force at a moment; judges
-get that. Nothing here is trusted because it parses: who signed it is `guestlib.attest.sshsig`'s question.
+(a time from which it is accepted no more). A path in `remove` is one that an approved update takes away: as
+long as the file is there its digest counts, and nobody misses it. `at` gives the document as it is in force
+at a moment; judges get that. Nothing here is trusted because it parses: who signed it is
+`guestlib.attest.sshsig`'s question.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+from datetime import UTC, datetime
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -30,6 +33,8 @@ NAMESPACE: Final = "hostd-manifest"
 """What officers sign documents for: `ssh-keygen -Y sign -n`."""
 MAX_REFERENCE_BYTES: Final = 16 << 20
 """Some 120,000 files; a Debian host has 15,000 and 2-3 MB."""
+ANY_HOST: Final = "*"
+"""In the place of a host's name: the document is for every host."""
 DELETED: Final = " (deleted)"
 """What the kernel appends to the path of a file that was removed or replaced."""
 
@@ -46,6 +51,10 @@ running host as it was; `keylime`, another system's policy."""
 
 class MalformedReferenceError(Exception):
     """The bytes are not a reference document in its one form."""
+
+
+class WrongHostError(Exception):
+    """The document is for another host; the text names both."""
 
 
 class Source(Part, frozen=True):
@@ -72,6 +81,7 @@ class Reference(Part, frozen=True):
     """Grows with every document that comes into force."""
     created: UnixTime
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    """Name of the host that it was reviewed for (`gethostname(2)`), or `ANY_HOST`."""
     previous: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
     """Digest of the document that this one was made from; it only follows that one. Empty: none."""
     files: dict[Name, tuple[Hex256, ...]] = msgspec.field(default_factory=dict)
@@ -80,6 +90,9 @@ class Reference(Part, frozen=True):
     """Path → digests approved and not yet seen. Accepted like those of `files`."""
     retire: dict[Name, dict[Hex256, UnixTime]] = msgspec.field(default_factory=dict)
     """Path → digest → time from which it is not accepted any more."""
+    remove: tuple[Name, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Paths of hostd's own files that may be missing: an approved update takes them away. Left out where
+    there are none, so that documents without it keep their bytes."""
     ima: dict[Name, tuple[Digest, ...]] = msgspec.field(default_factory=dict)
     """Path → digests that the kernel's log may show besides those of `files`: of files inside the
     initramfs, say, or in another algorithm."""
@@ -94,6 +107,10 @@ class Reference(Part, frozen=True):
         lists = [*self.files.items(), *self.next.items(), *self.ima.items()]
         if self.posture is not None:
             lists.append(("modules", self.posture.modules))
+        if self.remove is not msgspec.UNSET:
+            if not self.remove:
+                raise ValueError("remove: no path")
+            lists.append(("remove", self.remove))
         for name, values in lists:
             if any(a >= b for a, b in itertools.pairwise(values)):
                 raise ValueError(f"{name}: not sorted, or a value twice")
@@ -103,6 +120,11 @@ class Reference(Part, frozen=True):
         for path, times in self.retire.items():
             if not times:
                 raise ValueError(f"{path}: nothing to retire")
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """Paths of `remove`."""
+        return frozenset() if self.remove is msgspec.UNSET else frozenset(self.remove)
 
     def expected(self, path: str) -> tuple[str, ...]:
         """Digests accepted for a mapped file, by the path the kernel gives; empty if there are none."""
@@ -147,6 +169,21 @@ class Reference(Part, frozen=True):
 def _without(digests: dict[str, tuple[str, ...]], due: dict[str, set[str]]) -> dict[str, tuple[str, ...]]:
     left = {path: tuple(d for d in values if d not in due.get(path, ())) for path, values in digests.items()}
     return {path: values for path, values in left.items() if values}
+
+
+def check_host(reference: Reference, host: str) -> None:
+    """Whether the document is for the host of this name, exactly, or for all.
+
+    Raises:
+        WrongHostError: it is for another.
+    """
+    if reference.host not in (host, ANY_HOST):
+        raise WrongHostError(f"it is for host {reference.host!r}, and this one is {host!r}")
+
+
+def date_of(unix: int) -> str:
+    """The date and minute of a unix time, as findings and hostctl show them."""
+    return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 _decoder: Final = msgspec.json.Decoder(Reference)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 
 import pytest
 
 from guestlib.attest.imalog import parse_entries
 from hostd.core.manifest import approve_next, from_host, new_document
 from hostd.core.reference import (
+    ANY_HOST,
     MalformedReferenceError,
     Reference,
     Source,
+    WrongHostError,
+    check_host,
     encode_reference,
     parse_reference,
     reference_digest,
@@ -131,6 +135,10 @@ def test_one_form_only() -> None:
         canonical({**plain, "retire": {"/a": {A.hex(): -1}}}),
         canonical({**plain, "retire": {"/a": {"aa": 1}}}),
         canonical({**plain, "ima": {"/a": ["sha256"]}}),
+        canonical({**plain, "remove": []}),
+        canonical({**plain, "remove": None}),
+        canonical({**plain, "remove": ["/b", "/a"]}),
+        canonical({**plain, "remove": ["/a", "/a"]}),
         canonical({**plain, "sources": [{"name": "q", "how": "magic"}]}),
         canonical({key: value for key, value in plain.items() if key != "next"}),
         b"",
@@ -141,6 +149,27 @@ def test_one_form_only() -> None:
             parse_reference(variant)
 
 
+def test_documents_from_before_removals_keep_their_bytes() -> None:
+    data = canonical(json.loads(encode_reference(new_document(created=1, host="h", base=None))))
+    assert b"remove" not in data
+    assert (
+        hashlib.sha256(data).hexdigest() == "8eaad7aba2b7bad11376b64d5a94d790a8859dc724744010884fb4e5f4535e4e"
+    )
+    assert parse_reference(data).leaving == frozenset()
+    removing = parse_reference(canonical({**json.loads(data), "remove": ["/a", "/b"]}))
+    assert removing.leaving == {"/a", "/b"}
+
+
+def test_which_host_a_document_is_for() -> None:
+    for host in ("kvm1", ANY_HOST):
+        check_host(new_document(created=1, host=host, base=None), "kvm1")
+    for other in ("kvm2", "kvm", "KVM1", "kvm1.example", "**", "kvm*"):
+        with pytest.raises(
+            WrongHostError, match=f"for host {re.escape(repr(other))}, and this one is 'kvm1'"
+        ):
+            check_host(new_document(created=1, host=other, base=None), "kvm1")
+
+
 def test_the_old_format_is_refused_with_what_to_do() -> None:
     old = canonical({**json.loads(encode_reference(document())), "format": "hostd-reference/1"})
     with pytest.raises(MalformedReferenceError, match="hostctl manifest from-host"):
@@ -148,7 +177,7 @@ def test_the_old_format_is_refused_with_what_to_do() -> None:
 
 
 def test_truncation_and_mutation() -> None:
-    data = encode_reference(document())
+    data = encode_reference(approve_next(document(), {}, created=CREATED, removals=["/usr/bin/z"]))
     for length in range(len(data)):
         with pytest.raises(MalformedReferenceError):
             parse_reference(data[:length])

@@ -110,6 +110,28 @@ def test_computed_from_other_bytes() -> None:
     assert [finding.code for finding in found.findings] == [Code.RELRO_SOURCE]
 
 
+@pytest.mark.parametrize("others", [(), ("aa" * 32,)])
+def test_a_retired_file_is_for_the_process_to_find_and_never_good(others: tuple[str, ...]) -> None:
+    """With and without another digest of the path that is still accepted."""
+    retired = msgspec.structs.replace(
+        REFERENCE,
+        files={QEMU: others} if others else {},
+        retire={QEMU: {DIGEST.hex(): 1_700_000_000}},
+    )
+    for path in (QEMU, f"{QEMU} (deleted)"):
+        file = msgspec.structs.replace(FILE, path=path)
+        found = RelroJudge().appraise(relro_of(VM), reading(files=(file,)), retired)
+        assert found.status is Status.PENDING
+        (finding,) = found.findings
+        assert (finding.code, finding.severity) == (Code.RELRO_SOURCE, Severity.WARNING)
+        assert finding.seen == f"SHA-256 {DIGEST.hex()}, retired on 2023-11-14 22:13 UTC"
+        assert dict(found.claims)["unapproved"] == "1"
+    # What else is wrong with it is found all the same.
+    hooked = RelroJudge().appraise(relro_of(VM), reading(altered=(SLOT,), altered_total=1), retired)
+    assert hooked.status is Status.DRIFTED
+    assert [finding.code for finding in hooked.findings] == [Code.GOT_ALTERED, Code.RELRO_SOURCE]
+
+
 def test_unknown_file_is_for_the_process_to_find() -> None:
     strange = msgspec.structs.replace(FILE, path="/tmp/x.so")
     found = verdict(files=(FILE, strange))

@@ -11,6 +11,7 @@ import pytest
 from hostd.core.appraise_files import FileBook
 from hostd.core.appraise_self import MAX_FINDINGS, MAX_PROCESSES, SelfJudge
 from hostd.core.findings import SELF, Status, Verdict
+from hostd.core.manifest import approve_next, retire
 from hostd.core.reading_self import OwnFile, SelfReading
 from hostd.core.readings import EXEC, READ, Mapping, ProcessReading
 from hostd.core.reference import FORMAT, Reference
@@ -145,7 +146,35 @@ def test_an_update_that_was_approved_before() -> None:
     old = digest(b"old").hex()
     retired = reference(retire={f"{ROOT}a.py": {old: 5}})
     verdict = judge(reading(files=altered(f"{ROOT}a.py", b"old")), against=retired)
-    assert verdict.findings[0].seen == f"SHA-256 {old}, retired"
+    assert verdict.findings[0].seen == f"SHA-256 {old}, retired on 1970-01-01 00:00 UTC"
+
+
+def without(*paths: str) -> tuple[OwnFile, ...]:
+    return tuple(file for file in own() if file.path not in paths)
+
+
+def test_an_update_that_removes_a_file_and_was_approved() -> None:
+    path = f"{ROOT}b.so"
+    approved = approve_next(REFERENCE, {}, created=10, removals=[path], retire_after_s=5)
+    for files in (own(), without(path)):  # before it and after it
+        assert judge(reading(files=files), against=approved).status is Status.VERIFIED
+    # As long as it is there it is what it was, and nothing else may be missing.
+    changed = judge(reading(files=altered(path, b"x")), against=approved)
+    assert codes(changed) == [("self-file-altered", path)]
+    more = judge(reading(files=without(path, f"{ROOT}a.py")), against=approved)
+    assert codes(more) == [("self-file-missing", f"{ROOT}a.py")]
+    # What nobody approved is found.
+    assert codes(judge(reading(files=without(path)))) == [("self-file-missing", path)]
+    # Its time has come, by itself or by the officers: nobody needs it, and it may not come back.
+    for done in (approved.at(15), retire(approved, created=11)):
+        assert judge(reading(files=without(path)), against=done).status is Status.VERIFIED
+        (finding,) = judge(reading(files=own()), against=done).findings
+        assert (finding.code, finding.subject) == ("self-file-unknown", path)
+        assert "retired on 1970-01-01" in finding.seen
+    # A manifest that removes every file still says something of hostd.
+    paths = [path for path in CONTENT if path.startswith(ROOT)]
+    everything = approve_next(REFERENCE, {}, created=10, removals=paths)
+    assert judge(reading(files=without(*paths)), against=everything).status is not Status.ABSENT
 
 
 def test_a_round_must_be_whole() -> None:

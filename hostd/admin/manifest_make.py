@@ -32,9 +32,9 @@ from hostd.admin.manifest_packages import (
     read_installed,
 )
 from hostd.admin.render import safe
-from hostd.core.manifest import DAY_S, approve_next, checked, diff, merged, new_document, ordered
+from hostd.core.manifest import DAY_S, approve_next, checked, counts, diff, merged, new_document, ordered
 from hostd.core.manifest import retire as retired
-from hostd.core.reference import Reference, Source, parse_reference
+from hostd.core.reference import ANY_HOST, Reference, Source, parse_reference
 from hostd.ipc import operating as adm
 
 if TYPE_CHECKING:
@@ -46,9 +46,12 @@ DAYS: Final = click.IntRange(0, 3650)
 PROPOSED_DAYS: Final = 14
 """How long a proposal lets old builds run: VMs are to be restarted or moved away by then."""
 
+REMOVE_HELP: Final = "A file of hostd's own that will be gone (again for more)."
+HOST_HELP: Final = f"Name of the host that it is for; '{ANY_HOST}': every host."
+
 output = click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 chain = (
-    click.option("--host", default=lambda: os.uname().nodename, help="Default: this machine's name."),
+    click.option("--host", metavar="NAME", help=HOST_HELP + " Default: BASE's, or this machine's."),
     click.option("--on", metavar="BASE", help=f"The manifest that it is to follow (`{IN_FORCE}`: in force)."),
     click.option("--into", type=FILE, help="Put the digests into this one that nobody has signed yet."),
 )
@@ -63,13 +66,13 @@ def chained(command: Callable[..., None]) -> Callable[..., None]:
 def tell(context: Context, path: Path, reference: Reference, *notes: str) -> None:
     """Writes the document, and says what it is and how to go on."""
     digest = write(path, reference)
+    counted = counts(reference, now())
     value = {
         "file": str(path),
         "digest": digest,
         "version": reference.version,
-        "files": len(reference.files),
-        "next": len(reference.next),
-        "retire": len(reference.retire),
+        "host": reference.host,
+        **msgspec.structs.asdict(counted),
         "notes": list(notes),
     }
 
@@ -77,13 +80,16 @@ def tell(context: Context, path: Path, reference: Reference, *notes: str) -> Non
         for note in notes:
             click.echo(f"note: {note}", err=True)
         click.echo(
-            f"wrote {path}: version {reference.version}, {len(reference.files)} files, "
-            f"{len(reference.next)} next, {len(reference.retire)} retire\n"
+            f"wrote {path}: version {reference.version} for {host_text(reference)}: {counted}\n"
             f"digest {digest}\nreview it, then: hostctl manifest sign {path} -k KEY; "
             f"hostctl manifest install {path}"
         )
 
     context.show(value, render)
+
+
+def host_text(reference: Reference) -> str:
+    return "every host" if reference.host == ANY_HOST else f"host {safe(reference.host)}"
 
 
 def now() -> int:
@@ -102,24 +108,30 @@ def _document(
     digests: Mapping[str, Iterable[str]],
     sources: Iterable[Source],
     *,
-    host: str,
+    host: str | None,
     on: str | None,
     into: Path | None,
     **parts: Any,
 ) -> Reference:
-    """A new document with these files; `into` keeps everything else of a document that is in the making."""
+    """A new document with these files; `into` keeps everything else of a document that is in the making. It
+    is for `host`; None: for that of the other document, or this machine."""
     files = merged(digests)
     if into is not None:
         if on is not None:
             raise click.UsageError("--on and --into exclude each other")
         before = load(context, str(into))
         changed = msgspec.structs.replace(
-            before, files=files, sources=ordered((*before.sources, *sources)), **parts
+            before,
+            host=before.host if host is None else host,
+            files=files,
+            sources=ordered((*before.sources, *sources)),
+            **parts,
         )
         return _checked(lambda: checked(changed))
     base = None if on is None else load(context, on)
+    name = host or (os.uname().nodename if base is None else base.host)
     return _checked(
-        lambda: new_document(created=now(), host=host, base=base, sources=sources, files=files, **parts)
+        lambda: new_document(created=now(), host=name, base=base, sources=sources, files=files, **parts)
     )
 
 
@@ -168,7 +180,7 @@ def _notes(sources: Iterable[Source]) -> list[str]:
 def create(
     context: Context,
     output: Path,
-    host: str,
+    host: str | None,
     on: str | None,
     into: Path | None,
     files: tuple[Path, ...],
@@ -193,7 +205,7 @@ def from_packages(
     context: Context,
     packages: tuple[str, ...],
     output: Path,
-    host: str,
+    host: str | None,
     on: str | None,
     into: Path | None,
     debs: tuple[Path, ...],
@@ -217,7 +229,7 @@ def from_packages(
 @chained
 @click.pass_obj
 def import_keylime(
-    context: Context, policy: Path, output: Path, host: str, on: str | None, into: Path | None
+    context: Context, policy: Path, output: Path, host: str | None, on: str | None, into: Path | None
 ) -> None:
     """Make a manifest from a Keylime runtime policy (JSON)."""
     data = read(policy, MAX_POLICY_BYTES)
@@ -229,12 +241,17 @@ def import_keylime(
 
 @click.command("from-host")
 @output
+@click.option("--host", metavar="NAME", help=HOST_HELP + " Default: the vault's.")
 @click.pass_obj
-def from_host(context: Context, output: Path) -> None:
+def from_host(context: Context, output: Path, host: str | None) -> None:
     """Read this host as it is, through the vault, into a manifest for review."""
     click.echo("reading files, processes and the kernel; this takes a while …", err=True)
     document = context.ask(adm.CaptureManifest(), adm.Document, LONG_S).document
-    tell(context, output, parse_reference(document))
+    reference = parse_reference(document)
+    if host is not None:
+        named = msgspec.structs.replace(reference, host=host)
+        reference = _checked(lambda: checked(named))
+    tell(context, output, reference)
 
 
 @click.command("approve-next")
@@ -243,6 +260,7 @@ def from_host(context: Context, output: Path) -> None:
 @click.option("--deb", "debs", type=FILE, multiple=True, help="A .deb file that will be installed.")
 @click.option("--file", "files", type=FILE, multiple=True, help="A file that will replace one of its path.")
 @click.option("--as", "path_as", metavar="PATH", help="With one --file: the path that it will have.")
+@click.option("--remove", "removals", multiple=True, metavar="PATH", help=REMOVE_HELP)
 @click.option("--retire-after", type=DAYS, metavar="DAYS", help="Old digests of the same paths end then.")
 @click.option("--no-archive", is_flag=True, help="Do not compare with apt's lists.")
 @click.pass_obj
@@ -253,12 +271,13 @@ def approve(
     debs: tuple[Path, ...],
     files: tuple[Path, ...],
     path_as: str | None,
+    removals: tuple[str, ...],
     retire_after: int | None,
     no_archive: bool,
 ) -> None:
     """Accept new builds besides those that BASE accepts (a file, or `@`: in force)."""
-    if not debs and not files:
-        raise click.UsageError("name --deb or --file")
+    if not debs and not files and not removals:
+        raise click.UsageError("name --deb, --file or --remove")
     if path_as is not None and len(files) != 1:
         raise click.UsageError("--as goes with one --file")
     digests, sources = _packages((), debs, archive=not no_archive)
@@ -273,6 +292,7 @@ def approve(
             created=now(),
             sources=sources,
             retire_after_s=None if retire_after is None else retire_after * DAY_S,
+            removals=map(kernel_path, removals),
         )
     )
     tell(context, output, reference, *_notes(sources))
@@ -282,7 +302,11 @@ def approve(
 @click.argument("base")
 @output
 @click.option("--path", "paths", multiple=True, help="Only this path (again for more).")
-@click.option("--unseen", is_flag=True, help="Only digests that this host does not use, as the vault saw it.")
+@click.option(
+    "--unseen",
+    is_flag=True,
+    help="End what this host has not used since its boot, of paths that it does use.",
+)
 @click.option("--after", type=DAYS, metavar="DAYS", default=0, help="Not now, but after so many days.")
 @click.pass_obj
 def retire(

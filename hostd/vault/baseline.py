@@ -6,7 +6,6 @@ after the other on the measurer's connection; the whole has a bound in time.
 
 from __future__ import annotations
 
-import socket
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -42,6 +41,7 @@ from hostd.core.reference import FORMAT, Reference, encode_reference
 from hostd.core.rule_boot import BootRule, propose_boot
 from hostd.core.rule_domain import propose_domain
 from hostd.core.rule_kernel import propose_kernel
+from hostd.platform.hostname import this_host
 from hostd.vault.measuring import MAX_LOG_BYTES, MAX_PARTS
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ class Capture:
         try:
             reference = from_host(
                 created=int(time.time()),
-                host=socket.gethostname() or "localhost",
+                host=this_host(),
                 posture=self._posture,
                 files=self._files,
                 survey=files,

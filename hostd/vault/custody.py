@@ -31,7 +31,15 @@ from guestlib.errors import (
 )
 from hostd.core.appraisal import Appraiser, Rules
 from hostd.core.appraise_ima import Accepted
-from hostd.core.reference import MalformedReferenceError, Reference, parse_reference, reference_digest
+from hostd.core.reference import (
+    MalformedReferenceError,
+    Reference,
+    WrongHostError,
+    check_host,
+    parse_reference,
+    reference_digest,
+)
+from hostd.platform.hostname import this_host
 from hostd.platform.tpm_errors import TpmError, TpmPolicyError
 from hostd.vault.channelca import ChannelCa, utc_now
 from hostd.vault.council import Council, OfficersError
@@ -255,7 +263,7 @@ class Custody:
         Raises:
             MalformedError: not a document, or not signatures.
             DeniedError: too few officers signed it.
-            ConflictError: not newer than the document in force, or made from another one.
+            ConflictError: for another host, not newer than the document in force, or made from another one.
             UnavailableError: the keys were never unsealed since the vault's start.
             LedgerError: it could not be recorded; nothing changed.
         """
@@ -264,6 +272,10 @@ class Custody:
         except MalformedReferenceError as error:
             raise MalformedError(str(error)) from error
         names = self._council.verify(document, signatures)
+        try:
+            check_host(reference, this_host())
+        except WrongHostError as error:
+            raise ConflictError(str(error)) from error
         self._check_order(reference)
         digest = reference_digest(reference).hex()
         detail = f"version {reference.version}, {digest}, signed by {', '.join(names)}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import socket
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,6 +17,7 @@ from cryptography.hazmat.primitives import serialization
 import hostd
 from guestlib.attest.evidence import HostIdentity, ImaPosition, LedgerHead, Statement, Status, TpmIdentity
 from hostd.core.findings import IMA, VM_KINDS
+from hostd.platform.hostname import this_host
 
 if TYPE_CHECKING:
     from hostd.core.callers import Caller
@@ -92,7 +92,7 @@ def statement_for(
     return Statement(
         nonce=nonce,
         issued=now.astimezone(datetime.UTC).replace(microsecond=0),
-        host=HostIdentity(socket.gethostname() or "localhost", hostd.__version__),
+        host=HostIdentity(this_host(), hostd.__version__),
         tpm=TpmIdentity(tpm.ak_public, tpm.ek_public, tpm.ek_certificate),
         ima=ima,
         channel_ca=channel_ca,

@@ -13,8 +13,9 @@ import pytest
 from guestlib.errors import ConflictError, DeniedError, MalformedError, NotFoundError, UnavailableError
 from hostd.config import Config, Officers
 from hostd.core.manifest import approve_next, new_document
-from hostd.core.reference import Reference, encode_reference, reference_digest
+from hostd.core.reference import ANY_HOST, Reference, encode_reference, reference_digest
 from hostd.ipc.loop import Loop
+from hostd.platform.hostname import this_host
 from hostd.platform.secretmem import SecretBuffer
 from hostd.vault.custody import Custody
 from hostd.vault.keyring import Keyring
@@ -32,7 +33,8 @@ PATH = "/usr/bin/q"
 
 def document(**parts: object) -> Reference:
     values: dict[str, Any] = {"files": {PATH: (A, B)}, **parts}
-    return new_document(created=1, host="h", base=None, **values)
+    values.setdefault("host", this_host())
+    return new_document(created=1, base=None, **values)
 
 
 class SimulatedTpm:
@@ -171,6 +173,18 @@ def test_what_is_refused_changes_nothing(house: House, alice: Officer, tmp_path:
         house.custody.install_reference(b"{}", alice.sign(b"{}"), "Host::root")
     assert house.entries == entries
     assert house.custody.reference == document()
+
+
+def test_a_manifest_for_another_host_is_refused_by_name(house: House, alice: Officer) -> None:
+    """Signed by the officers, and made for a host of another name: it comes into force nowhere else."""
+    here = this_host()
+    with pytest.raises(ConflictError, match=f"it is for host 'other-{here}', and this one is '{here}'"):
+        install(house, document(host=f"other-{here}"), alice)
+    assert house.custody.reference is None
+    assert house.entries[-1][0] != "manifest"
+    everywhere = document(host=ANY_HOST)
+    assert install(house, everywhere, alice) == ("alice",)
+    assert house.custody.reference == everywhere
 
 
 def test_nothing_before_the_officers_are_known(start: Make, alice: Officer) -> None:

@@ -6,7 +6,6 @@ signatures and takes them or not.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -14,8 +13,10 @@ import click
 from hostd.admin import manifest_make
 from hostd.admin.context import Context, made
 from hostd.admin.manifest_files import load, read, sign, signatures, signatures_of
+from hostd.admin.manifest_show import document_lines, host_text
 from hostd.admin.render import safe
-from hostd.core.reference import NAMESPACE, reference_digest
+from hostd.core.manifest import Counts
+from hostd.core.reference import NAMESPACE, date_of, parse_reference, reference_digest
 from hostd.ipc import operating as adm
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -75,11 +76,17 @@ def manifest_verify(context: Context, file: Path) -> None:
     )
     value = {
         "version": reference.version,
+        "host": reference.host,
         "digest": reference_digest(reference).hex(),
         "signed_by": list(names),
         "quorum": officers.quorum,
     }
-    context.show(value, lambda: click.echo(f"version {reference.version}, signed by {', '.join(names)}"))
+    context.show(
+        value,
+        lambda: click.echo(
+            f"version {reference.version} for {host_text(reference)}, signed by {', '.join(names)}"
+        ),
+    )
 
 
 @manifest.command("install")
@@ -102,10 +109,14 @@ def manifest_install(context: Context, file: Path) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="With its signatures in FILE.sig.")
 @click.pass_obj
 def manifest_show(context: Context, output: Path | None) -> None:
-    """The manifest in force, as it was signed."""
+    """The manifest in force. `--json`: its very bytes, as they were signed."""
     found = context.ask(adm.ShowManifest(), adm.Document)
     if output is None:
-        click.echo(found.document)
+        if context.as_json:
+            click.echo(found.document, nl=False)
+        else:
+            reference = parse_reference(found.document)
+            click.echo("\n".join(document_lines(reference, found.digest, manifest_make.now())))
         return
     output.write_bytes(found.document)
     signatures_of(output).write_bytes(found.signatures)
@@ -120,22 +131,23 @@ def manifest_status(context: Context) -> None:
 
     def render() -> None:
         signed = ", ".join(map(safe, found.signed_by))
+        counted = Counts(found.files, len(found.next), len(found.retire), len(found.remove))
         click.echo(
-            f"version {found.version} of {_utc(found.created)}, signed by {signed}\n"
-            f"digest {found.digest}\n{found.files} files, {found.unseen} digests not in use here\n"
+            f"version {found.version} of {date_of(found.created)}, signed by {signed}\n"
+            f"digest {found.digest}\n{counted}\n{found.unseen} digests of files were not seen in use here\n"
         )
         seen = sum(line.seen for line in found.next)
-        click.echo(f"next: {len(found.next)} digests approved, {seen} of them seen")
+        click.echo(f"next: {len(found.next)} digests, {seen} of them seen")
         for line in found.next:
             click.echo(f"  {'seen  ' if line.seen else 'unseen'}  {safe(line.path)}  {line.digest[:16]}")
-        click.echo(f"retire: {len(found.retire)} digests end")
+        click.echo(f"retire: {len(found.retire)} digests")
         for item in sorted(found.retire, key=lambda r: (r.retires, r.path)):
             use = "in use" if item.seen else "unused"
             near = "  SOON" if item.retires - manifest_make.now() < NEAR_DAYS * 86_400 else ""
-            click.echo(f"  {_utc(item.retires)}  {use}  {safe(item.path)}  {item.digest[:16]}{near}")
+            click.echo(f"  {date_of(item.retires)}  {use}  {safe(item.path)}  {item.digest[:16]}{near}")
+
+        click.echo(f"remove: {len(found.remove)} files")
+        for path in found.remove:
+            click.echo(f"  {safe(path)}")
 
     context.show(found, render)
-
-
-def _utc(unix: int) -> str:
-    return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -31,6 +31,7 @@ from hostd.admin.manifest_packages import (
     read_deb,
     read_installed,
 )
+from hostd.admin.manifest_show import host_text
 from hostd.admin.render import safe
 from hostd.core.manifest import DAY_S, approve_next, checked, counts, diff, merged, new_document, ordered
 from hostd.core.manifest import retire as retired
@@ -86,10 +87,6 @@ def tell(context: Context, path: Path, reference: Reference, *notes: str) -> Non
         )
 
     context.show(value, render)
-
-
-def host_text(reference: Reference) -> str:
-    return "every host" if reference.host == ANY_HOST else f"host {safe(reference.host)}"
 
 
 def now() -> int:

@@ -276,6 +276,8 @@ class ManifestReport(msgspec.Struct, frozen=True):
     next: tuple[ComingDigest, ...]
     retire: tuple[RetiringDigest, ...]
     """What has not retired yet."""
+    remove: tuple[str, ...]
+    """Files that may be missing."""
     unseen: int
     """Digests of `files` that were not seen."""
     seen: dict[str, tuple[str, ...]]

@@ -63,6 +63,7 @@ def report(vault: Vault, now: int) -> adm.ManifestReport:
             for digest, when in sorted(times.items())
             if when > now
         ),
+        remove=tuple(sorted(reference.leaving)),
         unseen=sum(
             digest not in seen.get(path, ())
             for path, digests in reference.files.items()

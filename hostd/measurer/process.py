@@ -44,6 +44,7 @@ from hostd.core.readings import (
 from hostd.measurer.copies import first_difference
 from hostd.measurer.files import MAX_NAMED, Range, TooMuchError
 from hostd.measurer.frames import OwnFrames, Shape, shape_of
+from hostd.measurer.pagetable import PageTable, entries_of
 from hostd.platform.pages import (
     ENTRY_BYTES,
     FILE,
@@ -162,20 +163,23 @@ class ProcessProbe:
         """The plan as the mappings are now, and the page table's entries for it."""
         last = self._last.get((hypervisor.pid, hypervisor.start_time))
         if last is not None:
-            self._lane.start(_entries, handle, last.plan.spans)
-            try:
-                state = self._tagger.tag(self._maps.state(handle, since))
-            except BaseException:
-                with contextlib.suppress(Exception):
-                    self._lane.result()
-                raise
-            target: bytes = self._lane.result()
+            with PageTable(handle, last.plan.spans) as table:
+                self._lane.start(table.read)
+                try:
+                    state = self._tagger.tag(self._maps.state(handle, since))
+                    table.read()
+                except BaseException:
+                    with contextlib.suppress(Exception):
+                        self._lane.result()
+                    raise
+                self._lane.result()
+                target = table.entries()
             if self._holds(last.plan, hypervisor, state):
                 if not self._registry.claimed((hypervisor.pid, hypervisor.start_time)):
                     self._keep(hypervisor, last.plan)
                 return last, target
         plan = self._plan(hypervisor, handle)
-        return self._keep(hypervisor, plan), _entries(handle, plan.spans)
+        return self._keep(hypervisor, plan), entries_of(handle, plan.spans)
 
     def _holds(self, plan: Plan, hypervisor: Hypervisor, state: bytes) -> bool:
         return (
@@ -326,19 +330,6 @@ class ProcessProbe:
             return self._own_pages.read(run.own + index * PAGE, PAGE) if run.own else b""
         except OSError:
             return b""
-
-
-def _entries(handle: ProcessHandle, spans: Spans) -> bytes:
-    fd = handle.open("pagemap")
-    try:
-        entries = spans.entries(fd)
-    except OSError as error:
-        raise ProcessGoneError("its page table cannot be read") from error
-    finally:
-        os.close(fd)
-    if entries is None:
-        raise ProcessGoneError("its page table is gone")
-    return entries
 
 
 def _populate(plan: Plan, odd: list[int]) -> None:

@@ -12,6 +12,7 @@ TPM 2.0 part 3: sections 12.7 (Unseal), 18.4 (Quote), 22.4 (PCR_Read), 23.7 (Pol
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -25,8 +26,11 @@ from hostd.platform.tpm_errors import (
     TpmBlobError,
     TpmBusyError,
     TpmCommandError,
+    TpmError,
     TpmIdentityError,
+    TpmPoisonError,
     TpmPolicyError,
+    TpmUnavailableError,
 )
 from hostd.platform.tpm_esys import (
     RC_NO_SUCH_HANDLE,
@@ -40,6 +44,7 @@ from hostd.platform.tpm_files import SealedBlob, TpmRecord, name_of, sealed_blob
 from hostd.platform.tpm_policy import DIGEST_BYTES, PCR_COUNT, check_selection, pcr_digest, policy_pcr
 from hostd.platform.tpm_tcti import Link
 from hostd.platform.tpm_templates import (
+    AUDIT,
     ENCRYPT_BOTH,
     ENCRYPT_RESPONSE,
     ESYS_TR,
@@ -52,6 +57,9 @@ from hostd.platform.tpm_templates import (
     sensitive,
 )
 
+# isort: split
+from tpm2_pytss.constants import TPM2_CAP
+
 MAX_SECRET_BYTES: Final = 128
 """MAX_SYM_DATA of the TPM: longer data is refused with 0x1d5."""
 MAX_QUALIFYING_BYTES: Final = 64
@@ -59,6 +67,9 @@ MAX_RANDOM_BYTES: Final = 1024
 UNSEAL_ATTEMPTS: Final = 64
 """Each PCR extend between PolicyPCR and Unseal costs an attempt of about a millisecond."""
 QUOTE_ATTEMPTS: Final = 32
+_PCR_EXTEND_L0: Final = 1
+_PCR_RESET_L0: Final = 2
+"""TPM_PT_PCR_EXTEND_L0 and _RESET_L0."""
 _RC_POLICY_FAIL: Final = 0x09D
 _RC_VALUE: Final = 0x084
 _SCRUB_PCRS: Final = tuple(range(8))
@@ -87,6 +98,9 @@ class Tpm:
         self.record = record
         self._keys: _Keys | None = None
         self._keys_generation = 0
+        self._session: Handle | None = None
+        """Of `check_pcrs`; it stays in the TPM, because to start one costs it an ECDH."""
+        self._session_generation = 0
 
     def limit(self, deadline: float | None) -> None:
         """No command of what follows outlives `deadline` (monotonic seconds)."""
@@ -94,6 +108,10 @@ class Tpm:
 
     def close(self) -> None:
         self._keys = None
+        if self._session is not None and self._session_generation == self._esys.generation:
+            with contextlib.suppress(TpmError):
+                self._esys.flush(self._session)
+        self._session = None
         self._esys.close()
 
     # ── Identity ──────────────────────────────────────────────────────────────────────────────────
@@ -144,11 +162,17 @@ class Tpm:
         The TPM gives eight at a time: each value is true, all of them together only if nothing was
         extended meanwhile. For values that belong together see `quote_with_pcrs`.
         """
+        return self._read_pcrs(selection, ESYS_TR.NONE)[0]
+
+    def _read_pcrs(self, selection: Iterable[int], session: Handle) -> tuple[dict[int, bytes], set[int]]:
+        """The values, and the TPM's counters of PCR updates at each part: one, if nothing moved."""
         wanted = set(check_selection(selection))
         values: dict[int, bytes] = {}
+        counters: set[int] = set()
         while left := wanted - values.keys():
             ask = selection_of(left)
-            _count, got, digests = self._esys.call("PCR_Read", partial(_pcr_read, ask))
+            count, got, digests = self._esys.call("PCR_Read", partial(_pcr_read, ask, session))
+            counters.add(int(count))
             indices = [
                 index
                 for bank in got
@@ -159,7 +183,31 @@ class Tpm:
             if not fresh or not fresh.keys() <= left:
                 raise TpmCommandError(0, "PCR_Read", "the TPM has no such PCRs in a SHA-256 bank")
             values.update(fresh)
-        return {index: values[index] for index in sorted(values)}
+        return {index: values[index] for index in sorted(values)}, counters
+
+    def check_pcrs(self, selection: Iterable[int]) -> dict[int, bytes]:
+        """Values that belong together, 32 bytes each, in a session whose key only the pinned storage key's TPM
+        knows: each response carries an HMAC over it and over a nonce of ours (part 1, section 17.6), so that
+        nobody on the wire can make or repeat one. Unlike a quote it convinces nobody but us.
+
+        Raises:
+            TpmBusyError: PCRs moved between the parts, every time.
+            TpmUnavailableError: a response was not authenticated, or none came.
+        """
+        indices = check_selection(selection)
+        keys = self._open_keys()
+        try:
+            if self._session is None or self._session_generation != self._esys.generation:
+                self._session = self._esys.start_session(keys.srk, policy=False, attributes=AUDIT)
+                self._session_generation = self._esys.generation
+            for _attempt in range(QUOTE_ATTEMPTS):
+                values, counters = self._read_pcrs(indices, self._session)
+                if len(counters) == 1:
+                    return values
+        except (TpmCommandError, TpmUnavailableError):
+            self._session = None  # the TPM may have been reset: the next call starts another
+            raise
+        raise TpmBusyError(f"PCRs moved while they were read, {QUOTE_ATTEMPTS} times")
 
     def extend(self, pcr: int, digest: bytes) -> None:
         """Extends a PCR of the SHA-256 bank by a digest of 32 bytes."""
@@ -167,6 +215,25 @@ class Tpm:
         if len(digest) != DIGEST_BYTES:
             raise ValueError("not a SHA-256 digest")
         self._esys.call("PCR_Extend", lambda e: e.pcr_extend(ESYS_TR(index), digest_values(digest)))
+
+    def check_poison(self, pcr: int) -> None:
+        """Passes if this PCR can be extended and not reset from where the operating system is (locality 0).
+
+        Raises:
+            TpmPoisonError: it cannot serve (TPM 2.0 part 2, sections 6.14 and 10.9, TPM_PT_PCR).
+        """
+        check_selection((pcr,))
+        _more, data = self._esys.call(
+            "GetCapability", lambda e: e.get_capability(TPM2_CAP.PCR_PROPERTIES, _PCR_EXTEND_L0, 2)
+        )
+        bits = {
+            int(tagged.tag): bytes(tagged.pcrSelect)[pcr // 8] >> (pcr % 8) & 1
+            for tagged in data.data.pcrProperties
+        }
+        if bits.get(_PCR_EXTEND_L0) != 1:
+            raise TpmPoisonError(f"PCR {pcr} cannot be the poison PCR: this TPM does not let it be extended")
+        if bits.get(_PCR_RESET_L0) != 0:
+            raise TpmPoisonError(f"PCR {pcr} cannot be the poison PCR: this TPM lets anybody reset it")
 
     def random(self, count: int) -> bytes:
         """Random bytes of the TPM, at most 1024. They cross the bus in clear: mix them, do not use them
@@ -282,8 +349,8 @@ class Tpm:
             raise TpmPolicyError(mismatches) from cause
 
 
-def _pcr_read(ask: Any, esapi: Any) -> Any:
-    return esapi.pcr_read(ask)
+def _pcr_read(ask: Any, session: Any, esapi: Any) -> Any:
+    return esapi.pcr_read(ask, session1=session)
 
 
 def _get_random(count: int, esapi: Any) -> bytes:

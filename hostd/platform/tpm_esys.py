@@ -202,15 +202,24 @@ class Esys:
 
         Without the salt a passive listener decrypts it (TPM 2.0 part 1, section 21).
         """
+        with self.flushing(self.start_session(salt_key, policy=policy, attributes=attributes)) as session:
+            yield session
+
+    def start_session(self, salt_key: Handle, *, policy: bool, attributes: int) -> Handle:
+        """The same, for the caller to flush."""
         kind = TPM2_SE.POLICY if policy else TPM2_SE.HMAC
         session = self.call(
             "StartAuthSession",
             lambda e: e.start_auth_session(salt_key, ESYS_TR.NONE, kind, "aes128cfb", TPM2_ALG.SHA256),
         )
-        with self.flushing(session):
-            flags = attributes | TPMA_SESSION.CONTINUESESSION
+        flags = attributes | TPMA_SESSION.CONTINUESESSION
+        try:
             self.call("SetAttributes", lambda e: e.trsess_set_attributes(session, flags))
-            yield session
+        except TpmError:
+            with contextlib.suppress(TpmError):
+                self.flush(session)
+            raise
+        return session
 
     def handles(self, base: int) -> tuple[int, ...]:
         """TPM handles from `base` on, at most 64."""

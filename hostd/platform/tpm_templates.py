@@ -37,6 +37,8 @@ from hostd.platform.tpm_esys import TSS2_Exception
 ENCRYPT_BOTH: Final = int(TPMA_SESSION.DECRYPT | TPMA_SESSION.ENCRYPT)
 """First parameter of the command and of the response are encrypted."""
 ENCRYPT_RESPONSE: Final = int(TPMA_SESSION.ENCRYPT)
+AUDIT: Final = int(TPMA_SESSION.AUDIT)
+"""For commands that take no authorisation, as PCR_Read: the response carries an HMAC all the same."""
 
 _OURS: Final = TPMA_OBJECT.FIXEDTPM | TPMA_OBJECT.FIXEDPARENT | TPMA_OBJECT.SENSITIVEDATAORIGIN
 STORAGE_KEY_ATTRIBUTES: Final = int(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,17 +18,19 @@ from support_tpm import Embedded, make_embedded
 from guestlib.attest.quote import attestation_key, verify_quote
 from guestlib.attest.tpm2 import parse_attest, parse_public
 from hostd.platform import tpm_esys
-from hostd.platform.tpm import MAX_SECRET_BYTES, Tpm
+from hostd.platform.tpm import MAX_SECRET_BYTES, Tpm, open_tpm
 from hostd.platform.tpm_errors import (
     TpmBlobError,
     TpmBusyError,
     TpmCommandError,
+    TpmError,
     TpmIdentityError,
     TpmPolicyError,
     TpmUnavailableError,
 )
 from hostd.platform.tpm_esys import Esys
 from hostd.platform.tpm_files import SealedBlob, sealed_blob
+from hostd.platform.tpm_tcti import Link
 
 BOOT = (0, 1, 2, 3, 4, 5, 7, 8, 9, 14)
 SECRET = bytes(range(32))
@@ -530,3 +534,116 @@ def test_sealed_blob_type_is_frozen(tpm: Tpm) -> None:
     assert isinstance(blob, SealedBlob)
     with pytest.raises(AttributeError):
         blob.public = b""  # type: ignore[misc]
+
+
+# ── PCRs in an authenticated session ──────────────────────────────────────────────────────────────────
+
+PCR_READ = bytes.fromhex("0000017e")
+
+
+class OnTheWire:
+    """A link that alters, or repeats, what the TPM answers to PCR_Read."""
+
+    def __init__(self, inner: Link) -> None:
+        self.inner = inner
+        self.alter: Callable[[bytes], bytes] = lambda response: response
+        self.heard: list[bytes] = []
+
+    @property
+    def managed(self) -> bool:
+        return self.inner.managed
+
+    def exchange(self, command: bytes, deadline: float) -> bytes:
+        response = self.inner.exchange(command, deadline)
+        if command[6:10] == PCR_READ:
+            self.heard.append(response)
+            response = self.alter(response)
+        return response
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@pytest.fixture
+def wired(host: Embedded) -> Iterator[tuple[Tpm, OnTheWire]]:
+    wires: list[OnTheWire] = []
+
+    def connect() -> OnTheWire:
+        wires.append(OnTheWire(host.connect()))
+        return wires[-1]
+
+    opened = open_tpm(connect, host.record, command_s=20.0)
+    yield opened, wires[-1]
+    opened.close()
+
+
+def test_checked_pcrs_are_those_that_are_read(tpm: Tpm, host: Embedded) -> None:
+    everything = (*BOOT, 10)
+    assert tpm.check_pcrs(everything) == tpm.read_pcrs(everything)
+    tpm.extend(10, hashlib.sha256(b"more").digest())
+    assert tpm.check_pcrs(everything) == tpm.read_pcrs(everything)
+    tpm.close()
+    assert leftovers(host) == ()
+
+
+def test_a_checked_pcr_cannot_be_forged_on_the_wire(wired: tuple[Tpm, OnTheWire]) -> None:
+    tpm, wire = wired
+    true = tpm.read_pcrs((0, 7))
+    value = true[0]
+    wire.alter = lambda response: response.replace(value, bytes(31) + b"\x01")
+    assert tpm.read_pcrs((0, 7)) != true, "what is only read is believed"
+    wire_count = len(wire.heard)
+    with pytest.raises(TpmUnavailableError):
+        tpm.check_pcrs((0, 7))
+    assert len(wire.heard) > wire_count
+
+
+def test_a_checked_pcr_cannot_be_repeated_on_the_wire(wired: tuple[Tpm, OnTheWire]) -> None:
+    tpm, wire = wired
+    tpm.check_pcrs((0, 7))
+    old = wire.heard[-1]
+    wire.alter = lambda _response: old
+    with pytest.raises(TpmUnavailableError):
+        tpm.check_pcrs((0, 7))
+
+
+def test_pcrs_that_move_while_they_are_checked_are_read_again(wired: tuple[Tpm, OnTheWire]) -> None:
+    """More than eight PCRs are two responses: they must be of one moment."""
+    tpm, wire = wired
+    moved = 0
+
+    def move(response: bytes) -> bytes:
+        nonlocal moved
+        if len(wire.heard) % 2 and moved < 3:
+            moved += 1
+            command = bytes.fromhex("80020000004100000182") + (10).to_bytes(4, "big")
+            command += bytes.fromhex("00000009400000090000000000") + bytes.fromhex("00000001000b") + bytes(32)
+            answer = wire.inner.exchange(command, time.monotonic() + 10)
+            assert answer[6:10] == bytes(4), answer.hex()
+        return response
+
+    wire.alter = move
+    seen = tpm.check_pcrs((*BOOT, 10))
+    assert moved == 3
+    assert len(wire.heard) == 8
+    assert seen == tpm.read_pcrs((*BOOT, 10))
+
+
+def test_pcrs_that_never_stand_still(wired: tuple[Tpm, OnTheWire], monkeypatch: pytest.MonkeyPatch) -> None:
+    tpm, _ = wired
+    counts = iter(range(10**6))
+    values = dict.fromkeys(BOOT, bytes(32))
+    monkeypatch.setattr(tpm, "_read_pcrs", lambda *_: (values, {next(counts), next(counts)}))
+    with pytest.raises(TpmBusyError, match="moved"):
+        tpm.check_pcrs(BOOT)
+
+
+def test_checking_goes_on_after_the_tpm_was_reset(own_host: Embedded) -> None:
+    tpm = own_host.open()
+    tpm.check_pcrs(BOOT)
+    own_host.restart()
+    with contextlib.suppress(TpmError):
+        tpm.check_pcrs(BOOT)
+    assert tpm.check_pcrs(BOOT) == tpm.read_pcrs(BOOT)
+    tpm.close()
+    assert leftovers(own_host) == ()

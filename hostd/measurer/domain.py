@@ -35,6 +35,8 @@ class DomainProbe:
     def __init__(self, guests: GuestsProbe) -> None:
         self._guests = guests
         self._known: dict[Key, Definition] = {}
+        self._lines: dict[Key, _Line] = {}
+        self._looked: tuple[Guest, ...] = ()
 
     def read(self, guest: Guest) -> DomainReading | Missing:
         """One reading.
@@ -45,15 +47,12 @@ class DomainProbe:
         """
         self._forget()
         handle, key = guest.found.handle, guest.found.key
-        line = handle.read("cmdline", MAX_COMMAND_LINE_BYTES)
+        data = handle.read("cmdline", MAX_COMMAND_LINE_BYTES)
+        line = self._line(guest, data)
         directory = self._guests.directory
         try:
             if directory is None:
-                # An upgrade leaves running machines on the file of this path that was replaced.
-                emulator = guest.found.executable.removesuffix(DELETED)
-                definition: Definition | None = definition_of(
-                    line, emulator=emulator, accel=guest.hypervisor.accel
-                )
+                definition: Definition | None = line.definition(guest, data)
                 answered = True
             else:
                 self._guests.recheck(guest)
@@ -71,6 +70,14 @@ class DomainProbe:
         self._known[key] = definition
         return _reading(guest, definition, line, answered=answered)
 
+    def _line(self, guest: Guest, data: bytes) -> _Line:
+        """What this very text says: it is parsed again when it is another."""
+        key = guest.found.key
+        line = self._lines.get(key)
+        if line is None or line.digest != hashlib.sha256(data).digest():
+            line = self._lines[key] = _Line(data)
+        return line
+
     def _ask(self, directory: Directory, guest: Guest) -> Definition | None:
         word = directory.define(guest.hypervisor.vm, WAIT_S)
         if word is None:
@@ -80,19 +87,47 @@ class DomainProbe:
         return word.definition
 
     def _forget(self) -> None:
+        if self._guests.guests is self._looked:
+            return
+        self._looked = self._guests.guests
         alive = self._guests.alive()
         for key in [key for key in self._known if key not in alive]:
             del self._known[key]
+        for key in [key for key in self._lines if key not in alive]:
+            del self._lines[key]
         if self._guests.directory is not None:
             vms = frozenset(guest.hypervisor.vm for guest in self._guests.guests)
             self._guests.directory.forget(vms)
 
     def close(self) -> None:
         self._known.clear()
+        self._lines.clear()
 
 
-def _reading(guest: Guest, definition: Definition, line: bytes, *, answered: bool) -> DomainReading:
-    vms, _, cids = parse_claims(line)
+class _Line:
+    """What a command line says, worked out once."""
+
+    def __init__(self, data: bytes) -> None:
+        vms, _, cids = parse_claims(data)
+        self.vms = tuple(sorted(vms)[:MAX_CLAIMS])
+        self.cids = tuple(sorted(cids)[:MAX_CLAIMS])
+        self.digest = hashlib.sha256(data).digest()
+        self._definition: tuple[tuple[str, str], Definition] | None = None
+
+    def definition(self, guest: Guest, data: bytes) -> Definition:
+        """The machine that it, `data`, describes.
+
+        Raises:
+            MalformedDomainError: it says more than the bounds allow.
+        """
+        # An upgrade leaves running machines on the file of this path that was replaced.
+        emulator, accel = guest.found.executable.removesuffix(DELETED), guest.hypervisor.accel
+        if self._definition is None or self._definition[0] != (emulator, accel):
+            self._definition = (emulator, accel), definition_of(data, emulator=emulator, accel=accel)
+        return self._definition[1]
+
+
+def _reading(guest: Guest, definition: Definition, line: _Line, *, answered: bool) -> DomainReading:
     return DomainReading(
         vm=definition.vm,
         name=definition.name,
@@ -110,8 +145,8 @@ def _reading(guest: Guest, definition: Definition, line: bytes, *, answered: boo
         memory=definition.memory,
         devices=definition.devices,
         definition=definition.digest,
-        said_vms=tuple(sorted(vms)[:MAX_CLAIMS]),
-        said_cids=tuple(sorted(cids)[:MAX_CLAIMS]),
-        said=hashlib.sha256(line).digest(),
+        said_vms=line.vms,
+        said_cids=line.cids,
+        said=line.digest,
         answered=answered,
     )

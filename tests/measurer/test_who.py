@@ -242,6 +242,18 @@ def test_a_process_says_itself_under_proc(binary: Path) -> None:
         assert reading.emulator == str(binary)
         assert DomainPart("kernel", "/boot/none") in reading.boot
         assert any(part.kind == "qmp:unix" for part in reading.devices)
+        assert domains.read(guest) == reading
+
+        # What a process has where its arguments are is what it says, and it can write there.
+        line = Path(f"/proc/{vm.pid}/cmdline").read_bytes()
+        begins = int(Path(f"/proc/{vm.pid}/stat").read_text().rpartition(")")[2].split()[45])
+        with open(f"/proc/{vm.pid}/mem", "r+b", buffering=0) as memory:
+            memory.seek(begins + line.index(b"/boot/none"))
+            memory.write(b"/boot/more")
+        other = domains.read(guest)
+        assert isinstance(other, DomainReading)
+        assert DomainPart("kernel", "/boot/more") in other.boot
+        assert other.said != reading.said
     probe.close()
 
 

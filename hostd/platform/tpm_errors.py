@@ -56,3 +56,7 @@ class TpmPolicyError(TpmError):
     def __init__(self, mismatches: tuple[PcrMismatch, ...]) -> None:
         super().__init__("; ".join(str(mismatch) for mismatch in mismatches))
         self.mismatches = mismatches
+
+
+class TpmPoisonError(TpmError):
+    """The configured PCR cannot be the poison PCR of this TPM; the text says why."""

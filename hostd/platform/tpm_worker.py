@@ -28,6 +28,7 @@ MAX_WAITING: Final = 1024
 class Priority(enum.IntEnum):
     """What goes first when several jobs wait. Gaps are left for what may come between."""
 
+    POISON = 10
     UNSEAL = 20
     QUOTE = 30
     OTHER = 40

@@ -51,6 +51,7 @@ class Keyring:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._root: SecretBuffer | None = None
+        self._locked: frozenset[str] = frozenset()
         self._keks: dict[tuple[str, int], bytes] = {}
         self._salt_keys: dict[str, bytes] = {}
         self._cache: OrderedDict[tuple[str, int, int], bytes | primitives.PrivateKey] = OrderedDict()
@@ -83,6 +84,12 @@ class Keyring:
         self._salt_keys.clear()
         self._right.clear()
 
+    def lock_tenants(self, tenants: frozenset[str]) -> None:
+        """Keys of these tenants stay out of memory, and of no others, until the next call."""
+        if tenants != self._locked:
+            self._locked = tenants
+            self.drop()
+
     def forget(self, key_id: str) -> None:
         """Drops the cached versions of a key."""
         for entry in [e for e in self._cache if e[0] == key_id]:
@@ -91,6 +98,8 @@ class Keyring:
     def _kek(self, tenant: str) -> bytes:
         if self._root is None:
             raise UnavailableError("the keys are locked")
+        if tenant in self._locked:
+            raise UnavailableError("the tenant's keys are locked: a machine of its own has drifted")
         generation = self._store.kek_generation(tenant)
         if generation is None:
             raise UnavailableError("the tenant's key generation is unknown")

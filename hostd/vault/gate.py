@@ -242,13 +242,8 @@ class Gate:
     ) -> list[Refused]:
         refused: list[Refused] = []
         for queue in self._queues.values():
-            kept: deque[Waiting] = deque()
-            for request in queue.requests:
-                if which(request):
-                    refused.append(Refused(request, error(request)))
-                else:
-                    kept.append(request)
-            queue.requests = kept
+            refused += [Refused(r, error(r)) for r in queue.requests if which(r)]
+            queue.requests = deque(r for r in queue.requests if not which(r))
         self._forget_empty()
         return refused
 
@@ -265,7 +260,10 @@ class Gate:
     def observed(self, now: int) -> list[Waiting]:
         """Those whose readings are all there, or whose time is over: they are told how it stands."""
         return self._observers.take(
-            now, lambda o: all(self.until(c, good=False) >= o.arrived for c in self.needs(o.caller))
+            now,
+            lambda o: all(
+                self.until(c, good=False) >= o.arrived for c in self.needs(o.caller) - self.ring.withheld
+            ),
         )
 
     # ── Readings ──────────────────────────────────────────────────────────────────────────────────
@@ -317,10 +315,8 @@ class Gate:
         before, self._hypervisors = self._hypervisors, {h.vm: h for h in hypervisors}
         seen = before.keys() | {c.vm for c in self._stamps if c.vm}
         gone = {vm for vm in seen if not _same(self._hypervisors.get(vm), before.get(vm))}
-        for component in [c for c in self._stamps if c.vm in gone]:
-            del self._stamps[component]
-        for component in [c for c in self.last_good if c.vm in gone]:
-            del self.last_good[component]
+        self._stamps = {c: stamp for c, stamp in self._stamps.items() if c.vm not in gone}
+        self.last_good = {c: started for c, started in self.last_good.items() if c.vm not in gone}
         self._known = HOST_COMPONENTS.union(*map(_of_vm, self._hypervisors))
         self.ring.exist(self._known, anew={c for c in self._known if c.vm in gone})
 
@@ -351,6 +347,7 @@ class Gate:
     def latch(self, component: Component, findings: tuple[Finding, ...]) -> list[Refused]:
         """Closes the gate to all that rest on a drifted component, until `clear`."""
         self._latched[component] = findings
+        self.ring.drifted(component)
         return self._remove(
             lambda r: self.latched_for(r.caller) is not None,
             lambda _r: RefusedDriftError("a measurement this answer rests on has drifted"),
@@ -359,6 +356,7 @@ class Gate:
     def clear(self, component: Component) -> bool:
         """An officer has cleared this drift; a new good reading is still needed. False: it had none."""
         self._stamps.pop(component, None)
+        self.ring.cleared(component)
         self.ring.bring_forward(component)
         return self._latched.pop(component, None) is not None
 

@@ -8,6 +8,9 @@ ask in `SHARE` is the background's if it has any to make; one in two if its time
 The `process` and the `relro` of one VM are asked for one after the other, so that the measurer can read its
 mappings once for both.
 
+The `relro` of a VM whose `process` has drifted is not asked for until an officer has cleared it: the VM is
+refused whatever its `relro` is, and what it has mapped may be made to take long to read.
+
 A hint can only bring a reading forward. A flood of hints costs one reading of a component in
 `HINT_PAUSE_NS`, or a twentieth of the time, however many come.
 """
@@ -61,6 +64,7 @@ class Ring:
         """When the others were asked for last; in order of that."""
         self._forward: dict[Component, None] = {}
         self._pending: set[Component] = set()
+        self._withheld: set[Component] = set()
         self._rider: Component | None = None
         """The `relro` of the VM whose `process` was asked for last."""
         self._served = 0
@@ -80,15 +84,19 @@ class Ring:
     ) -> Component | None:
         """The component to ask for: one that somebody waits for (`lacks`), or one in the background.
         `takes` says which can be asked for now."""
+
+        def free(component: Component) -> bool:
+            return component not in self._withheld and takes(component)
+
         self.soon = bool(self._forward)
-        needed = self._needed(now, lacks, stamps, takes)
+        needed = self._needed(now, lacks, stamps, free)
         if needed is not None and self._served < 1:
             self._served += 1
             return needed
-        late = self._due(now, self._sweep - self._sweep // EARLY, takes)
-        due = late or self._brought_forward(now, stamps, takes)
+        late = self._due(now, self._sweep - self._sweep // EARLY, free)
+        due = late or self._brought_forward(now, stamps, free)
         if due is None and needed is not None:
-            due = self._due(now, self._sweep // 2, takes)
+            due = self._due(now, self._sweep // 2, free)
         if needed is not None and (due is None or (late is None and self._served < SHARE - 1)):
             self._served += 1
             return needed
@@ -177,8 +185,25 @@ class Ring:
 
     def bring_forward(self, component: Component) -> None:
         """The component is read soon, whenever it was read last. What is being read is read again."""
-        if component in self._known:
+        if component in self._known and component not in self._withheld:
             self._forward[component] = None
+
+    @property
+    def withheld(self) -> frozenset[Component]:
+        """Components that are not asked for, and that nobody should wait for."""
+        return frozenset(self._withheld)
+
+    def drifted(self, component: Component) -> None:
+        """The component is latched: what is of no use without it is withheld."""
+        if component.kind is Kind.PROCESS:
+            relro = relro_of(component.vm)
+            self._withheld.add(relro)
+            self._forward.pop(relro, None)
+
+    def cleared(self, component: Component) -> None:
+        """An officer has cleared it."""
+        if component.kind is Kind.PROCESS:
+            self._withheld.discard(relro_of(component.vm))
 
     def exist(self, known: frozenset[Component], *, anew: Iterable[Component] = ()) -> None:
         """These are the components there are. Those of `anew` stand for another process than before."""

@@ -28,9 +28,11 @@ from hostd.vault.ring import EARLY, HINT_PAUSE_NS, PENDING_PAUSE_NS, PENDING_SHA
 from tests.vault.support_gate import (
     HOST,
     OFFICER,
+    USER,
     VM_A,
     VM_B,
     A,
+    B,
     caller_of,
     finding,
     hypervisor,
@@ -197,6 +199,80 @@ def test_the_sweep_reads_together_too() -> None:
     pairs = [(a, b) for a, b in pairwise(order) if a.kind is Kind.PROCESS]
     assert len(pairs) > 10
     assert all(b == relro_of(a.vm) for a, b in pairs)
+
+
+# ── Of no use ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_relro_of_a_vm_whose_process_has_drifted_is_not_asked_for() -> None:
+    """It is refused whatever its `relro` is; that of every other VM is read as ever."""
+    gate = make_gate(sweep_ns=SWEEP, standing_ns=4 * SWEEP)
+    gate.hint(relro_of(VM_A))
+    read(gate, PROCESS_A, at=1, status=Status.DRIFTED)
+    chance, asked, now = Random(5), Counter[Component](), 2
+    while now < 5 * SWEEP:
+        gate.hint(draw(gate.known, chance))
+        gate.hint(relro_of(VM_A))
+        if now % (SWEEP // 64) < MS:
+            gate.observe(request(A, arrived=now, deadline=now + SWEEP))
+            gate.observe(request(USER, arrived=now, deadline=now + SWEEP))
+            gate.arrive(request(B, arrived=now, deadline=now + SWEEP))
+        if (component := ask(gate, now)) is not None:
+            asked[component] += 1
+            status = Status.DRIFTED if component == PROCESS_A else Status.VERIFIED
+            read(gate, component, at=now, status=status)
+        gate.observed(now)
+        taken(gate, now)
+        now += MS
+    assert asked[relro_of(VM_A)] == 0
+    assert set(asked) == set(EVERY) - {relro_of(VM_A)}
+    assert asked[relro_of(VM_B)] >= 5
+    # Nothing is left that the vault would wake for every few milliseconds.
+    quiet = swept()
+    quiet.hint(relro_of(VM_A))
+    read(quiet, PROCESS_A, at=1, status=Status.DRIFTED)
+    quiet.hint(relro_of(VM_A))
+    assert ask(quiet, HINT_PAUSE_NS) is None
+    assert not quiet.ring.soon
+
+
+def test_who_wants_to_see_does_not_wait_for_what_is_not_asked_for() -> None:
+    gate = swept()
+    read(gate, PROCESS_A, at=1, status=Status.DRIFTED)
+    gate.observe(observer := request(A, arrived=10, deadline=SWEEP))
+    seen: list[Component] = []
+    for now in range(10, 40):
+        if (component := ask(gate, now)) is not None:
+            seen.append(component)
+            status = Status.DRIFTED if component == PROCESS_A else Status.VERIFIED
+            read(gate, component, at=now, status=status)
+    assert set(seen) == {*HOST, PROCESS_A}
+    assert gate.observed(40) == [observer]
+
+
+@pytest.mark.parametrize("component", [relro_of(VM_A), domain_of(VM_A), FILES], ids=str)
+def test_no_other_drift_withholds_anything(component: Component) -> None:
+    gate = swept()
+    read(gate, component, at=1, status=Status.DRIFTED)
+    assert gate.ring.withheld == frozenset()
+
+
+def test_once_cleared_it_is_read_before_an_answer() -> None:
+    gate = swept()
+    read(gate, PROCESS_A, at=1, status=Status.DRIFTED)
+    # The machine is another process now; what drifted waits for an officer all the same.
+    gate.guests([hypervisor(VM_A, pid=7), hypervisor(VM_B)])
+    assert gate.ring.withheld == {relro_of(VM_A)}
+    assert gate.clear(PROCESS_A)
+    assert gate.ring.withheld == frozenset()
+    gate.arrive(request(caller_of(hypervisor(VM_A, pid=7)), arrived=10))
+    seen: list[Component] = []
+    while (component := ask(gate, 10 + len(seen))) is not None:
+        assert taken(gate, 10) == []
+        read(gate, component, at=10 + len(seen))
+        seen.append(component)
+    assert relro_of(VM_A) in seen
+    assert len(taken(gate, 100)) == 1
 
 
 # ── Pending ───────────────────────────────────────────────────────────────────────────────────────

@@ -12,18 +12,22 @@ Needs CAP_NET_ADMIN, in the first user and network namespace.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import socket
-from typing import TYPE_CHECKING, Final, NamedTuple
+import sys
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from types import ModuleType
     from typing import Any
 
 MAX_AT_ONCE: Final = 16
 MESSAGE_BYTES: Final = 4096
 """One event is 76 bytes (struct nlmsghdr, cn_msg, proc_event)."""
 BUFFER_BYTES: Final = 256 << 10
+_PACKAGE: Final = "pyroute2"
 _SUBJECT: Final = {
     "PROC_EVENT_EXEC": "process",
     "PROC_EVENT_EXIT": "process",
@@ -66,11 +70,11 @@ class ProcessEvents:
 
     def __init__(self) -> None:
         try:
-            from pyroute2.netlink.connector.cn_proc import ProcEventMarshal, ProcEventSocket
+            connector = _connector()
         except ImportError as error:
             raise EventsError(f"pyroute2 is not installed: {error}") from error
         try:
-            self._netlink: Any = ProcEventSocket()
+            self._netlink: Any = connector.ProcEventSocket()
             self._netlink.bind()
             self._netlink.control(listen=True)
             # Its own reading waits for the socket; we have a loop of our own.
@@ -79,7 +83,7 @@ class ProcessEvents:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
         except (OSError, ValueError) as error:
             raise EventsError(str(error)) from error
-        self._marshal: Any = ProcEventMarshal()
+        self._marshal: Any = connector.ProcEventMarshal()
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -106,6 +110,29 @@ class ProcessEvents:
     def close(self) -> None:
         self._socket.close()
         self._netlink.close()
+
+
+def _connector() -> ModuleType:
+    """pyroute2's proc connector, without the rest of it: 8 MB instead of 17. The package's own `__init__`
+    imports everything it has (a database, a test framework, psutil), so it is not run; a version of which the
+    connector needs it is imported whole.
+
+    Raises:
+        ImportError: there is no pyroute2.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is not None and _PACKAGE not in sys.modules:
+        sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
+        try:
+            import pyroute2.netlink.connector.cn_proc as alone
+
+            return cast("ModuleType", alone)
+        except (ImportError, AttributeError):
+            for name in [name for name in sys.modules if name.partition(".")[0] == _PACKAGE]:
+                del sys.modules[name]
+    import pyroute2.netlink.connector.cn_proc as connector
+
+    return cast("ModuleType", connector)
 
 
 def events_in(messages: Iterable[Any]) -> Iterable[Event]:

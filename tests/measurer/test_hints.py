@@ -21,6 +21,7 @@ from hostd.measurer import events, hints
 from hostd.measurer.events import MAX_AT_ONCE, Event, EventsError, ProcessEvents, Turn, events_in
 from hostd.measurer.hints import COALESCE_S, MAX_MARKED, PAUSE_S, Hints
 
+REPO = Path(events.__file__).parents[2]
 VM = "aaaaaaaa-0000-4000-8000-000000000001"
 
 
@@ -311,3 +312,32 @@ def test_pyroute2_missing_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "pyroute2.netlink.connector.cn_proc", None)
     with pytest.raises(EventsError, match="pyroute2"):
         events.ProcessEvents()
+
+
+def test_of_pyroute2_only_the_connector_is_loaded() -> None:
+    code = (
+        "import sys\n"
+        "from hostd.measurer.events import EventsError, ProcessEvents\n"
+        "try:\n    ProcessEvents()\nexcept EventsError:\n    pass\n"
+        "print(*(name for name in sys.modules if name.startswith('pyroute2.')), 'sqlite3' in sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    *loaded, database = run.stdout.split()
+    assert "pyroute2.netlink.connector.cn_proc" in loaded
+    assert not {"pyroute2.ndb", "pyroute2.iproute", "pyroute2.ipdb"}.intersection(loaded)
+    assert database == "False"
+
+
+def test_a_pyroute2_that_needs_its_own_init_is_loaded_whole(tmp_path: Path) -> None:
+    package = tmp_path / "pyroute2/netlink/connector"
+    package.mkdir(parents=True)
+    (tmp_path / "pyroute2/__init__.py").write_text("needed = 1\n")
+    (tmp_path / "pyroute2/netlink/__init__.py").write_text("")
+    (package / "__init__.py").write_text("")
+    (package / "cn_proc.py").write_text("from pyroute2 import needed\n")
+    code = "from hostd.measurer import events\nprint(events._connector().needed)\n"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPO}"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, env=environment
+    )
+    assert run.stdout == "1\n"

@@ -16,6 +16,8 @@ import msgspec
 
 from guestlib.errors import MalformedError
 from guestlib.sshkeys import PublicKey, parse_public_key
+from hostd.core.findings import VM_KINDS, Kind, Severity
+from hostd.core.reacting import MANUAL, RuleError, Step, check_poison_pcr, check_rule
 
 DEFAULT_PATH = Path("/etc/hostd/hostd.toml")
 
@@ -115,11 +117,40 @@ class Gate(Section, frozen=True):
     difference that was seen is read again. Some milliseconds each time (docs/operations.md)."""
 
 
+class Reaction(Section, frozen=True):
+    """What follows drift of these kinds, besides refusing (docs/operations.md, "Reactions")."""
+
+    kinds: Annotated[tuple[Kind, ...], msgspec.Meta(min_length=1, max_length=16)]
+    steps: Annotated[tuple[Step, ...], msgspec.Meta(max_length=8)]
+    severity: Severity = Severity.CRITICAL
+    """`warning`: a finding that is no drift by itself becomes one."""
+
+
 class Drift(Section, frozen=True):
     scope: Literal["vm", "host"] = "vm"
     """`host`: drift of one VM's process closes the gate for all."""
-    recovery: Literal["officer"] = "officer"
-    """After drift the gate opens again only when an officer clears it, with a reason."""
+    recovery: Literal["officer"] | dict[Kind, Literal["officer", "auto"]] = "officer"
+    """After drift the gate opens again only when an officer clears it, with a reason. By kind, `auto`: a
+    clean reading clears it, recorded."""
+    reactions: Annotated[tuple[Reaction, ...], msgspec.Meta(max_length=32)] = ()
+    poison_pcr: Pcr | None = None
+    """Extended by the step `poison`; one of `tpm.pcrs`."""
+
+    @property
+    def table(self) -> dict[tuple[Kind, Severity], frozenset[Step]]:
+        """The steps by kind and severity."""
+        return {(k, rule.severity): frozenset(rule.steps) for rule in self.reactions for k in rule.kinds}
+
+    @property
+    def auto(self) -> frozenset[Kind]:
+        """Kinds whose drift a clean reading clears."""
+        if isinstance(self.recovery, str):
+            return frozenset()
+        return frozenset(kind for kind, how in self.recovery.items() if how == "auto")
+
+    def has(self, step: Step) -> bool:
+        """Whether any rule has the step."""
+        return any(step in rule.steps for rule in self.reactions)
 
 
 class Officers(Section, frozen=True):
@@ -242,7 +273,35 @@ def parse_config(text: bytes, *, origin: str) -> Config:
     if not config.users.admin:
         raise ConfigError(f"{origin}: `$.users.admin` is empty: nobody could clear a drift")
     _check_officers(config.officers, origin)
+    try:
+        _check_drift(config)
+    except RuleError as error:
+        raise ConfigError(f"{origin}: `$.drift`: {error}") from None
     return config
+
+
+def _check_drift(config: Config) -> None:
+    drift = config.drift
+    seen: set[tuple[Kind, Severity]] = set()
+    for rule in drift.reactions:
+        for kind in rule.kinds:
+            if (kind, rule.severity) in seen:
+                raise RuleError(f"two reactions to {rule.severity} {kind}")
+            seen.add((kind, rule.severity))
+            check_rule(kind, rule.severity, rule.steps)
+    if drift.has(Step.SUSPEND_VM) and config.hypervisor.provider != "libvirt":
+        raise RuleError("`suspend-vm` needs `hypervisor.provider` to be `libvirt`, who suspends")
+    if drift.poison_pcr is not None:
+        check_poison_pcr(drift.poison_pcr, config.tpm.pcrs)
+    elif drift.has(Step.POISON):
+        raise RuleError("`poison` needs `poison_pcr`")
+    for kind in sorted(drift.auto):
+        if kind in MANUAL:
+            raise RuleError(f"`recovery` of {kind} cannot be `auto`: {MANUAL[kind]}")
+        if Step.POISON in drift.table.get((kind, Severity.CRITICAL), ()):
+            raise RuleError(f"`recovery` of {kind} cannot be `auto`: its reaction poisons the TPM")
+        if kind in VM_KINDS and drift.scope == "host":
+            raise RuleError(f"`recovery` of {kind} cannot be `auto` while `scope` is `host`")
 
 
 def _check_officers(officers: Officers, origin: str) -> None:

@@ -47,6 +47,8 @@ HELP: Final[dict[str, str]] = {
     "hostd_hints_total": "Hints of the measurer by kind of component",
     "hostd_random_readings_total": "Readings at random moments, by kind of component",
     "hostd_measurer_lost_total": "Times the measurer's connection was lost",
+    "hostd_reactions_failed": "Reactions to open drifts that failed and are tried again",
+    "hostd_reactions_total": "Steps that followed drift, by step and outcome",
     "hostd_reading_seconds": "Duration of a reading, by kind of component",
     "hostd_readings_total": "Readings by kind of component and status",
     "hostd_requests_total": "Gated requests by operation and outcome",

@@ -114,6 +114,19 @@ def tenant_create(context: Context, name: str) -> None:
     click.echo(f"tenant {name} created")
 
 
+@tenant.command("on-drift")
+@click.argument("name")
+@click.argument("what", type=click.Choice(["keep", "shred"]))
+@click.pass_obj
+def tenant_on_drift(context: Context, name: str, what: str) -> None:
+    """Choose what becomes of a tenant's keys when its own VM, or the host, drifts.
+
+    Keys that were shredded do not come back.
+    """
+    context.ask(made(adm.SetOnDrift, tenant=name, what=what), adm.Nothing)
+    click.echo(f"tenant {name}: {what} on drift")
+
+
 @tenant.command("list")
 @click.pass_obj
 def tenant_list(context: Context) -> None:
@@ -126,8 +139,16 @@ def tenant_list(context: Context) -> None:
             members.setdefault(name, []).append(principal)
         context.table(
             "",
-            ("TENANT", "KEYS", "MEMBERS"),
-            ((name, count, ", ".join(members.get(name, []))) for name, count in found.tenants),
+            ("TENANT", "KEYS", "ON DRIFT", "MEMBERS"),
+            (
+                (
+                    name,
+                    count,
+                    "shred" if name in found.shred_on_drift else "keep",
+                    ", ".join(members.get(name, [])),
+                )
+                for name, count in found.tenants
+            ),
         )
 
     context.show(found, render)

@@ -37,6 +37,11 @@ def drift_lines(found: adm.Drift) -> Iterator[str]:
                 yield f"    where     {safe(finding.where)}"
             yield f"    expected  {safe(finding.expected)}"
             yield f"    seen      {safe(finding.seen)}"
+        for step in line.reactions:
+            outcome = "FAILED" if step.outcome == "failed" else step.outcome
+            yield f"  {safe(step.step):<10}  {safe(outcome)}" + (
+                f": {safe(step.detail)}" if step.detail else ""
+            )
 
 
 def ledger_lines(entries: Iterable[dict[str, Any]]) -> Iterator[str]:

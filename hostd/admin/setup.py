@@ -15,10 +15,18 @@ from typing import TYPE_CHECKING, Final
 from guestlib.attest.imalog import PCR as IMA_PCR
 from hostd.admin.officers import make_key, name_officers
 from hostd.config import Config, load_config
+from hostd.core.reacting import RuleError, check_poison_pcr
 from hostd.platform import swtpm
 from hostd.platform.secretmem import SecretBuffer
 from hostd.platform.tpm import open_tpm
-from hostd.platform.tpm_files import encode_blob, encode_record, parse_record, read_file, write_file
+from hostd.platform.tpm_files import (
+    encode_blob,
+    encode_record,
+    parse_blob,
+    parse_record,
+    read_file,
+    write_file,
+)
 from hostd.platform.tpm_provision import provision
 from hostd.platform.tpm_tcti import Link, open_link
 from hostd.vault.heads import first_head
@@ -93,6 +101,7 @@ def run(
         )
     with _tpm_link(config) as connect:
         _provision(config, connect)
+        _check_poison(config, connect)
         _seal_root(config, connect)
     if store.exists():
         _say("store", f"{store} is there")
@@ -173,6 +182,24 @@ def _provision(config: Config, connect: Callable[[], Link]) -> None:
     write_file(path, encode_record(record))
     certificate = "with" if record.ek_certificate else "WITHOUT"
     _say("tpm", f"made attestation and storage keys, {certificate} an EK certificate: {path}")
+
+
+def _check_poison(config: Config, connect: Callable[[], Link]) -> None:
+    pcr, root = config.drift.poison_pcr, config.state / "root.json"
+    if pcr is None:
+        return
+    tpm = open_tpm(
+        connect, parse_record(read_file(config.state / "tpm.json")), command_s=config.tpm.deadline_s
+    )
+    try:
+        tpm.check_poison(pcr)
+        if root.exists():
+            check_poison_pcr(pcr, parse_blob(read_file(root)).values())
+    except RuleError as error:
+        raise SetupError(f"{error} ({root})") from error
+    finally:
+        tpm.close()
+    _say("poison", f"PCR {pcr} can be extended and not reset")
 
 
 def _seal_root(config: Config, connect: Callable[[], Link]) -> None:

@@ -58,7 +58,16 @@ class AskSurvey(Struct, frozen=True, tag="survey"):
     prefixes: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
 
 
-Request = Ask | AskFile | AskWho | AskSurvey
+class AskSuspend(Struct, frozen=True, tag="suspend"):
+    """Have libvirt suspend this VM; with `on` false resume it, if the measurer suspended it. Answered by
+    `Suspended`. Refused unless the configuration has a reaction that suspends."""
+
+    seq: SequenceNumber
+    vm: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
+    on: bool
+
+
+Request = Ask | AskFile | AskWho | AskSurvey | AskSuspend
 
 
 class Hello(Struct, frozen=True, tag="hello"):
@@ -94,4 +103,12 @@ class SurveyPart(Struct, frozen=True, tag="survey"):
     done: bool
 
 
-Response = Hello | Answer | SurveyPart | Hint
+class Suspended(Struct, frozen=True, tag="suspended"):
+    """Whether it is now as asked, and what was done or stood in the way."""
+
+    seq: SequenceNumber
+    done: bool
+    detail: Annotated[str, msgspec.Meta(max_length=500)]
+
+
+Response = Hello | Answer | SurveyPart | Hint | Suspended

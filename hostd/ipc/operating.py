@@ -48,7 +48,15 @@ class UnbindUser(Struct, frozen=True, tag="unbind-user"):
     uid: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 2)]
 
 
-GatedCommand = CreateTenant | BindVm | UnbindVm | BindUser | UnbindUser
+class SetOnDrift(Struct, frozen=True, tag="set-on-drift"):
+    """What becomes of a tenant's keys when its own VM, or the host, drifts. Destroyed keys do not come
+    back."""
+
+    tenant: TenantName
+    what: Literal["keep", "shred"]
+
+
+GatedCommand = CreateTenant | SetOnDrift | BindVm | UnbindVm | BindUser | UnbindUser
 
 
 class ListTenants(Struct, frozen=True, tag="list-tenants"):
@@ -152,6 +160,7 @@ class Tenants(msgspec.Struct, frozen=True):
     """(name, number of keys)."""
     bindings: tuple[tuple[str, str], ...]
     """(principal, tenant)."""
+    shred_on_drift: tuple[str, ...] = ()
 
 
 class VmInfo(msgspec.Struct, frozen=True):
@@ -284,11 +293,21 @@ class ManifestReport(msgspec.Struct, frozen=True):
     """Path → digests seen of those that the document names under `files`, `next` or `retire`."""
 
 
+class ReactionLine(msgspec.Struct, frozen=True):
+    """One step that follows a drift (`hostd.core.reacting.Step`)."""
+
+    step: str
+    outcome: str
+    """`done`, `failed` (it is tried again) or `waiting`."""
+    detail: str
+
+
 class DriftLine(msgspec.Struct, frozen=True):
     component: str
     since: int
     ledger: int
     findings: tuple[FindingLine, ...]
+    reactions: tuple[ReactionLine, ...] = ()
 
 
 class Drift(msgspec.Struct, frozen=True):

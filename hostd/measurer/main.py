@@ -11,6 +11,7 @@ import resource
 import time
 from typing import TYPE_CHECKING, Final
 
+from hostd.core.reacting import Step
 from hostd.ipc.loop import Loop
 from hostd.measurer.apart import Apart
 from hostd.measurer.domain_events import DomainEvents
@@ -20,6 +21,7 @@ from hostd.measurer.hints import Hints, process_events, say
 from hostd.measurer.kernel import KernelProbe
 from hostd.measurer.probes import Measurer
 from hostd.measurer.server import Server, listen
+from hostd.measurer.suspender import Suspender
 from hostd.platform.notify import READY, STOPPING, WATCHDOG, notify, watchdog_interval
 
 if TYPE_CHECKING:
@@ -50,7 +52,10 @@ def run(config: Config) -> None:
     measurer = Measurer(config)
     listener = listen(config.run / SOCKET_NAME, uid)
     kernel = Apart(lambda: KernelProbe(config))
-    server = Server(loop, listener, measurer, kernel, vault_uid=uid, epoch=os.urandom(EPOCH_BYTES))
+    suspender = Suspender(
+        config.hypervisor.libvirt_uri, config.run, allowed=config.drift.has(Step.SUSPEND_VM)
+    )
+    server = Server(loop, listener, measurer, kernel, suspender, vault_uid=uid, epoch=os.urandom(EPOCH_BYTES))
     hints = Hints(
         loop,
         measurer.guests,

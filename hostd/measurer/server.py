@@ -5,9 +5,9 @@ that died and started again must not find its dead connection in the way, and no
 connect. A peer that breaks the format, or has more asks open than `MAX_WAITING` allows, is cut off; the
 measurer goes on.
 
-Asks are answered in the order of asking, but for two kinds: parts of the kernel are read in a thread of
-their own, and files are identified, as a survey is made, in slices between other readings. While something
-waits the slices have a quarter of the time.
+Asks are answered in the order of asking, but for three kinds: parts of the kernel are read in a thread of
+their own, VMs are suspended in another, and files are identified, as a survey is made, in slices between
+other readings. While something waits the slices have a quarter of the time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,22 @@ from typing import TYPE_CHECKING, Final
 
 from hostd.core.findings import Kind
 from hostd.ipc.channel import Channel, ChannelClosedError, ChannelError, peer_of
-from hostd.ipc.measuring import Answer, Ask, AskFile, AskSurvey, AskWho, Hello, Hint, Request, SurveyPart
+from hostd.ipc.measuring import (
+    Answer,
+    Ask,
+    AskFile,
+    AskSurvey,
+    AskSuspend,
+    AskWho,
+    Hello,
+    Hint,
+    Request,
+    SurveyPart,
+    Suspended,
+)
 from hostd.measurer.identify import Turns
 from hostd.measurer.survey import survey
+from hostd.measurer.suspender import Deed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,11 +47,13 @@ if TYPE_CHECKING:
     from hostd.ipc.loop import Loop
     from hostd.measurer.apart import Apart
     from hostd.measurer.probes import Measurer
+    from hostd.measurer.suspender import Suspender
 
 MAX_WAITING: Final = 8
 """Asks open at once: so many for files, so many for parts of the kernel, so many others."""
 MAX_REQUEST_BYTES: Final = 512 << 10
 """A survey's 64 prefixes of 4096 characters are the largest request."""
+SUSPENDER_S: Final = 1.0
 SLICE_S: Final = 0.005
 """Of identifying or surveying while nothing waits; else one step of a millisecond or so."""
 SLICE_PAUSE: Final = 3
@@ -82,6 +97,7 @@ class Server:
         listener: socket.socket,
         measurer: Measurer,
         kernel: Apart,
+        suspender: Suspender,
         *,
         vault_uid: int,
         epoch: bytes,
@@ -96,6 +112,8 @@ class Server:
         """With the time (monotonic, ns) when each had been received."""
         self._kernel = kernel
         self._kernel_asked: set[tuple[int, int]] = set()
+        self._suspender = suspender
+        self._deeds: set[tuple[int, int]] = set()
         self._turns = Turns(measurer.registry)
         self._files_asked: dict[int, int] = {}
         self._connections = 0
@@ -104,6 +122,8 @@ class Server:
         self._scheduled = False
         loop.watch(listener, self._accept)
         loop.watch(kernel, self._on_kernel)
+        loop.watch(suspender, self._on_suspender)
+        loop.every(SUSPENDER_S, suspender.expire)
 
     def _accept(self, _events: int) -> None:
         try:
@@ -131,6 +151,7 @@ class Server:
         self._turns.clear()
         self._files_asked.clear()
         self._kernel_asked.clear()
+        self._deeds.clear()
         self._survey = None
 
     def hint(self, component: Component) -> None:
@@ -138,7 +159,7 @@ class Server:
         if self._channel is not None and not self._channel.wants_write:
             self._send(Hint(component.kind, component.vm))
 
-    def _send(self, record: Hello | Answer | SurveyPart | Hint) -> None:
+    def _send(self, record: Hello | Answer | SurveyPart | Hint | Suspended) -> None:
         if self._channel is None:
             return
         try:
@@ -181,6 +202,11 @@ class Server:
                 self._bound(len(self._files_asked))
                 self._files_asked[request.seq] = time.monotonic_ns()
                 self._turns.ask(request.seq, request.file)
+            elif isinstance(request, AskSuspend):
+                self._bound(len(self._deeds))
+                ticket = self._connections, request.seq
+                self._deeds.add(ticket)
+                self._suspender.ask(Deed(ticket, request.vm, request.on))
             elif isinstance(request, Ask) and request.kind is Kind.KERNEL:
                 self._bound(len(self._kernel_asked))
                 ticket = self._connections, request.seq
@@ -200,6 +226,12 @@ class Server:
             if ticket in self._kernel_asked:
                 self._kernel_asked.discard(ticket)
                 self._send(Answer(ticket[1], reading, cost_ns))
+
+    def _on_suspender(self, _events: int) -> None:
+        for outcome in self._suspender.outcomes():
+            if outcome.ticket in self._deeds:
+                self._deeds.discard(outcome.ticket)
+                self._send(Suspended(outcome.ticket[1], outcome.done, outcome.detail))
 
     # ── Work ──────────────────────────────────────────────────────────────────────────────────────
 

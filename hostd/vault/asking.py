@@ -1,7 +1,8 @@
 """What the vault has asked the measurer, and what it keeps back until the measurer takes more (no I/O).
 
 The measurer reads the kernel in a thread of its own and identifies files in slices between other
-readings: so there are three lanes, and what waits in one does not hold up another.
+readings, and libvirt may let it wait when a VM is to be suspended: so there are several lanes, and what
+waits in one does not hold up another.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from hostd.core.findings import Kind
-from hostd.ipc.measuring import Ask, AskFile, AskSurvey, Request
+from hostd.ipc.measuring import Ask, AskFile, AskSurvey, AskSuspend, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,10 +28,11 @@ class Lane(enum.Enum):
     KERNEL = "kernel"
     FILES = "files"
     SURVEY = "survey"
+    POWER = "power"
     OTHER = "other"
 
 
-MAX_OPEN: Final = {Lane.KERNEL: 2, Lane.FILES: 4, Lane.SURVEY: 1, Lane.OTHER: 6}
+MAX_OPEN: Final = {Lane.KERNEL: 2, Lane.FILES: 4, Lane.SURVEY: 1, Lane.POWER: 1, Lane.OTHER: 6}
 """Requests with the measurer at once; it cuts off whoever has more (`hostd.measurer.server`)."""
 
 
@@ -42,6 +44,8 @@ def lane_of(request: Request) -> Lane:
             return Lane.FILES
         case AskSurvey():
             return Lane.SURVEY
+        case AskSuspend():
+            return Lane.POWER
         case _:
             return Lane.OTHER
 
@@ -62,6 +66,7 @@ class Asked:
     """Of the parts before this one."""
     raw: Callable[[Reading], None] | None = None
     survey: Callable[[dict[str, bytes] | None], None] | None = None
+    suspended: Callable[[bool, str], None] | None = None
     surveyed: dict[str, bytes] = field(default_factory=dict)
 
 

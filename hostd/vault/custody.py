@@ -40,7 +40,7 @@ from hostd.core.reference import (
     reference_digest,
 )
 from hostd.platform.hostname import this_host
-from hostd.platform.tpm_errors import TpmError, TpmPolicyError
+from hostd.platform.tpm_errors import TpmError, TpmPoisonError, TpmPolicyError
 from hostd.vault.channelca import ChannelCa, utc_now
 from hostd.vault.council import Council, OfficersError
 from hostd.vault.evidence import spki_digest
@@ -141,6 +141,8 @@ class Custody:
         """Zeros while none is in force."""
         self.channel_ca: ChannelCa | None = None
         self.channel_ca_digest = bytes(32)
+        self.held = False
+        """A drift keeps the keys out of memory."""
 
     # ── Root key ──────────────────────────────────────────────────────────────────────────────────
 
@@ -148,7 +150,7 @@ class Custody:
         """Asks the TPM for the root key, unless a drift of the host keeps the vault locked."""
         if self._unsealing or self._keyring.unlocked:
             return
-        if self._gate.host_drifted():
+        if self.held or self._gate.host_drifted():
             self._house.set_shut("keys", LOCKED)
             return
         self._unsealing = True
@@ -160,10 +162,10 @@ class Custody:
         if isinstance(result, TpmError):
             self._fail(f"the TPM does not unseal the root key: {result}")
             # A PCR that differs stays so until a reboot; a TPM that did not answer may come back.
-            if not isinstance(result, TpmPolicyError):
+            if not isinstance(result, TpmPolicyError | TpmPoisonError):
                 self._loop.call_after(UNSEAL_RETRY_S, self.unseal)
             return
-        if self._gate.host_drifted():
+        if self.held or self._gate.host_drifted():
             result.wipe()
             return
         self._keyring.unlock(result)

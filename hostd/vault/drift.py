@@ -1,8 +1,8 @@
 """Drift: what follows when a component is not as it should be, and how it ends.
 
-Refuse, always; record; drop what was unwrapped; and if the drift is the host's, lock: the root key
-leaves memory. Nothing of it is undone by a good reading, nor by a restart: the store keeps the drift
-until an officer clears it, with a reason, in the ledger.
+Refuse, always; record; and run the steps that follow (`hostd.vault.reactions`): if the drift is the host's,
+the root key leaves memory. Nothing of it is undone by a restart: the store keeps the drift until an officer
+clears it, with a reason, in the ledger; or, for the kinds that `drift.recovery` names, until a clean reading.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import msgspec
 from guestlib.errors import HostdError
 from hostd.core.appraise_ima import Accepted
 from hostd.core.codes import Code
-from hostd.core.findings import IMA, Component, Finding, Kind, Severity
-from hostd.vault.custody import LOCKED
+from hostd.core.findings import IMA, Component, Finding, Kind, Severity, Status
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from hostd.core.findings import Verdict
+    from hostd.core.reacting import Plan
     from hostd.vault.counters import Counters
     from hostd.vault.custody import Custody, House
     from hostd.vault.gate import Gate
-    from hostd.vault.keyring import Keyring
     from hostd.vault.ledger import Ledger
     from hostd.vault.measuring import Measuring
+    from hostd.vault.reactions import Reactions
     from hostd.vault.store import Store
 
 _SEEN: Final = re.compile(r"log of boot ([0-9a-f-]{1,36}) read to byte ([0-9]{1,18}) \| ")
@@ -44,17 +45,20 @@ class Drift:
         gate: Gate,
         store: Store,
         ledger: Ledger,
-        keyring: Keyring,
         custody: Custody,
         counters: Counters,
+        reactions: Reactions,
+        auto: frozenset[Kind],
     ) -> None:
         self._house = house
         self._gate = gate
         self._store = store
         self._ledger = ledger
-        self._keyring = keyring
         self._custody = custody
         self._counters = counters
+        self._reactions = reactions
+        self._auto = auto
+        self._unsaid: dict[Component, tuple[Finding, ...]] = {}
         self._seen_of_log: Accepted | None = None
         """The IMA log as far as it was read when its drift was recorded: what an officer has seen."""
 
@@ -67,7 +71,10 @@ class Drift:
         stored: set[str] = set()
         for name, raw, _since, _ledger in self._store.drift():
             stored.add(name)
-            self._gate.latch(_component(name), msgspec.msgpack.decode(raw, type=tuple[Finding, ...]))
+            findings = msgspec.msgpack.decode(raw, type=tuple[Finding, ...])
+            self._gate.latch(_component(name), findings)
+            if name not in open_drift:
+                self._unsaid[_component(name)] = findings
         for name, seq in open_drift.items():
             if name not in stored:
                 finding = Finding(
@@ -84,6 +91,17 @@ class Drift:
         if (noted := open_drift.get(str(IMA))) is not None:
             for entry in self._ledger.entries(noted, 1):
                 self._seen_of_log = _seen_of_log(entry.detail)
+        self._reactions.restore(self._gate.latched, open_drift)
+
+    def go_on(self) -> None:
+        """After a start: says what could not be said before the last stop, and goes on with the steps that
+        were not done."""
+        for component, findings in self._unsaid.items():
+            self._record(component, findings, self._reactions.plan(component), "")
+        self._unsaid.clear()
+        for component in self._gate.latched:
+            self._reactions.run(component)
+        self._reactions.resume()
 
     def react(self, component: Component, findings: tuple[Finding, ...], measuring: Measuring) -> None:
         """A component has drifted, and the gate has latched it: lock and record."""
@@ -97,20 +115,30 @@ class Drift:
             self._counters.count(
                 "hostd_findings_total", kind=str(component.kind), code=finding.code, severity=finding.severity
             )
-        if self._gate.host_drifted():
-            self._custody.lock()
-            self._house.set_shut("keys", LOCKED)
-        else:
-            self._keyring.drop()
         # The row first: whatever becomes of the entry, the latch outlives this process.
+        plan = self._reactions.decide(component, findings)
         try:
+            self._reactions.begin(component, plan)
             self._store.put_drift(str(component), findings, _utc_ms(), self._ledger.size)
             self._store.commit()
         except HostdError as error:
             self._house.set_shut("store", error.message)
+        self._record(component, findings, plan, seen)
+        self._reactions.run(component)
+
+    def _record(self, component: Component, findings: tuple[Finding, ...], plan: Plan, seen: str) -> None:
         with suppress(HostdError):  # the gate is shut then
-            detail = seen + " | ".join(map(str, findings))
+            detail = f"{seen}{plan} | " + " | ".join(map(str, findings))
             self._house.record("drift", outcome="refused", subject=str(component), detail=detail)
+
+    def judged(self, verdict: Verdict, measuring: Measuring) -> None:
+        """A reading of a component that has drifted: a clean one clears it, if that is configured."""
+        clean = verdict.status is Status.VERIFIED and not self._reactions.reacts_to_warnings(
+            verdict.component, verdict.findings
+        )
+        if clean and verdict.component.kind in self._auto and verdict.component in self._gate.latched:
+            with suppress(HostdError):  # it stays latched
+                self.clear(verdict.component, "a clean reading (drift.recovery is auto)", "", measuring)
 
     def clear(self, component: Component, reason: str, officer: str, measuring: Measuring) -> bool:
         """An officer vouches for the component again; False if it had not drifted."""
@@ -118,8 +146,10 @@ class Drift:
             return False
         self._house.record("clear", principal=officer, subject=str(component), detail=reason)
         self._store.clear_drift(str(component))
+        self._reactions.strike(component)
         self._store.commit()
         self._gate.clear(component)
+        self._reactions.forget(component)
         if component == IMA and self._seen_of_log is not None:
             # What came after the finding was never shown to the officer, and is judged again.
             self._custody.accept_log(self._seen_of_log)
@@ -127,6 +157,7 @@ class Drift:
         # What was learnt of processes and files before the drift is no longer vouched for.
         measuring.restart()
         self._custody.unseal()
+        self._reactions.resume()
         return True
 
 

@@ -55,6 +55,8 @@ MAX_PARTS: Final = 256
 IDENTIFY_DEADLINE_S: Final = 120.0
 """Hashing four large files in turn, between other readings, from a cold disk, on a slow machine."""
 SURVEY_DEADLINE_S: Final = 600.0
+SUSPEND_DEADLINE_S: Final = 60.0
+"""The measurer itself gives libvirt up before (`hostd.measurer.suspender`)."""
 
 EXPECTED: Final[dict[Kind, type]] = {
     Kind.GUESTS: GuestsReading,
@@ -148,6 +150,8 @@ class Measuring:
                 asked.raw(Missing(reason="the measurer was lost", absent=False))
             if asked.survey is not None:
                 asked.survey(None)
+            if asked.suspended is not None:
+                asked.suspended(False, "the measurer was lost")
         self._connector.start()
 
     def restart(self) -> None:
@@ -259,6 +263,15 @@ class Measuring:
         asked.survey = told
         self._send(asked, measuring.AskSurvey(asked.seq, prefixes))
 
+    def suspend(self, vm: str, on: bool, told: Callable[[bool, str], None]) -> None:
+        """Has a VM suspended (`on` false: resumed). Tells whether it is so now, and what was done."""
+        if not self.ready:
+            told(False, "the measurer is not connected")
+            return
+        asked = self._next(SUSPEND_DEADLINE_S)
+        asked.suspended = told
+        self._send(asked, measuring.AskSuspend(asked.seq, vm, on))
+
     def _identify(self) -> None:
         while (file := self._files.next()) is not None:
             asked = self._next(IDENTIFY_DEADLINE_S)
@@ -302,7 +315,10 @@ class Measuring:
             self._lose("the measurer answered what was not asked")
         elif isinstance(record, measuring.SurveyPart):
             self._on_survey(asked, record)
-        elif asked.survey is not None:
+        elif isinstance(record, measuring.Suspended) and asked.suspended is not None:
+            self._asks.done(asked)
+            asked.suspended(record.done, record.detail)
+        elif asked.survey is not None or isinstance(record, measuring.Suspended):
             self._lose("the measurer answered what was not asked")
         else:
             self._asks.done(asked)

@@ -21,7 +21,7 @@ from hostd.ipc import operating as adm
 from hostd.ipc.channel import Channel, ChannelError
 from hostd.ipc.connect import accept, listen
 from hostd.ipc.serving import Fault, Receipt, Reply
-from hostd.vault import manifests
+from hostd.vault import manifests, standing
 from hostd.vault.baseline import Capture
 from hostd.vault.batches import Job
 from hostd.vault.explain import explain, finding_lines
@@ -81,6 +81,7 @@ class Operators:
         }
         self._gated: dict[type, Callable[[Any, int], Done]] = {
             adm.CreateTenant: self._create_tenant,
+            adm.SetOnDrift: self._set_on_drift,
             adm.BindVm: lambda c, now: self._bind(vm_principal(c.vm), c.tenant, now),
             adm.UnbindVm: lambda c, _now: self._unbind(vm_principal(c.vm)),
             adm.BindUser: lambda c, now: self._bind(host_principal(c.uid), c.tenant, now),
@@ -175,6 +176,10 @@ class Operators:
         self._vault.store.add_tenant(command.name, now)
         return Done(adm.Nothing(), command.name)
 
+    def _set_on_drift(self, command: adm.SetOnDrift, _now: int) -> Done:
+        self._vault.shredding.choose(command.tenant, command.what == "shred")
+        return Done(adm.Nothing(), command.tenant, detail=f"on drift: {command.what}")
+
     def _bind(self, principal: str, tenant: str, now: int) -> Done:
         if self._vault.store.kek_generation(tenant) is None:
             raise NotFoundError(f"no such tenant: {tenant}")
@@ -191,7 +196,8 @@ class Operators:
 
     def _list_tenants(self, connection: _Connection, seq: int, _command: adm.ListTenants) -> None:
         store = self._vault.store
-        self._answer(connection, seq, adm.Tenants(tuple(store.tenants()), tuple(store.bindings())))
+        shred = self._vault.shredding.chosen(None)
+        self._answer(connection, seq, adm.Tenants(tuple(store.tenants()), tuple(store.bindings()), shred))
 
     def _list_vms(self, connection: _Connection, seq: int, _command: adm.ListVms) -> None:
         gate, store = self._vault.gate, self._vault.store
@@ -222,7 +228,7 @@ class Operators:
         self._answer(connection, seq, adm.Keys(lines))
 
     def _status(self, connection: _Connection, seq: int, _command: adm.Status) -> None:
-        self._answer(connection, seq, self._vault.status())
+        self._answer(connection, seq, standing.report(self._vault))
 
     def _measure(self, connection: _Connection, seq: int, command: adm.Measure) -> None:
         vault = self._vault
@@ -285,7 +291,11 @@ class Operators:
         lines = []
         for component, findings in sorted(self._vault.gate.latched.items()):
             since, entry = stored.get(str(component), (0, 0))
-            lines.append(adm.DriftLine(str(component), since, entry, finding_lines(findings)))
+            steps = tuple(
+                adm.ReactionLine(line.step, line.outcome, line.detail)
+                for line in self._vault.reactions.lines(component)
+            )
+            lines.append(adm.DriftLine(str(component), since, entry, finding_lines(findings), steps))
         self._answer(connection, seq, adm.Drift(tuple(lines)))
 
     def _clear_drift(self, connection: _Connection, seq: int, command: adm.ClearDrift) -> None:

@@ -1,21 +1,24 @@
-"""What the vault asks of the TPM: unseal the root key, quote, and whether the sealed PCRs still stand.
+"""What the vault asks of the TPM: unseal the root key, quote, whether the sealed PCRs still stand, and that
+it unseal no more.
 
 Commands run in the TPM's own thread (`hostd.platform.tpm_worker`); answers come back in the loop's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from guestlib.attest.imalog import PCR as IMA_PCR
 from guestlib.attest.quote import attestation_key, verify_quote
 from guestlib.attest.tpm2 import parse_public
 from guestlib.errors import MalformedError, VerificationError
+from hostd.core.reacting import RuleError, check_poison_pcr
 from hostd.platform.secretmem import SecretBuffer
 from hostd.platform.tpm import open_tpm
-from hostd.platform.tpm_errors import TpmError, TpmIdentityError
+from hostd.platform.tpm_errors import TpmError, TpmIdentityError, TpmPoisonError
 from hostd.platform.tpm_files import parse_blob, parse_record, read_file
 from hostd.platform.tpm_tcti import open_link
 from hostd.platform.tpm_worker import Priority, TpmWorker
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from hostd.platform.tpm import Quote, Tpm
     from hostd.platform.tpm_worker import Job
     from hostd.vault.counters import Counters
+
+POISON: Final = hashlib.sha256(b"hostd poison v1").digest()
+"""What the poison PCR is extended by, so that whoever sees its value can tell what it means."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +48,20 @@ class TpmLink:
     """The vault's TPM, with this host's identity record and sealed root key."""
 
     def __init__(self, config: Config, loop: Loop, counters: Counters) -> None:
-        """Raises: TpmError, the record or the sealed key cannot be read."""
+        """Raises: TpmError, the record or the sealed key cannot be read, or the root key is not sealed to the
+        poison PCR."""
         self._deadline_s = config.tpm.deadline_s
         self._counters = counters
         self.record = parse_record(read_file(config.state / "tpm.json"))
         self._blob = parse_blob(read_file(config.state / "root.json"))
         self._ak = attestation_key(parse_public(self.record.ak_public))
         self._sealed_to = self._blob.values()
+        self._poison_pcr = config.drift.poison_pcr
+        if self._poison_pcr is not None:
+            try:
+                check_poison_pcr(self._poison_pcr, self._sealed_to)
+            except RuleError as error:
+                raise TpmPoisonError(str(error)) from error
         self.selection = tuple(sorted({*self._sealed_to, IMA_PCR}))
         device, socket_path = config.tpm.device, config.run / "swtpm.sock"
         self._worker = TpmWorker(
@@ -77,14 +90,36 @@ class TpmLink:
     def unseal(self, told: Callable[[SecretBuffer | TpmError], None]) -> None:
         """The root key, moved into protected memory inside the TPM's thread.
 
-        A PCR that differs from the sealed value is a `TpmPolicyError` that names it.
+        A PCR that differs from the sealed value is a `TpmPolicyError` that names it; a poison PCR of no use
+        is a `TpmPoisonError`.
         """
-        blob = self._blob
-        self._submit(
-            Priority.UNSEAL,
-            lambda tpm: SecretBuffer.taking(tpm.unseal(blob)),
-            told,  # type: ignore[arg-type]
-        )
+        blob, poison_pcr = self._blob, self._poison_pcr
+
+        def work(tpm: Tpm) -> SecretBuffer:
+            if poison_pcr is not None:
+                tpm.check_poison(poison_pcr)
+            return SecretBuffer.taking(tpm.unseal(blob))
+
+        self._submit(Priority.UNSEAL, work, told)  # type: ignore[arg-type]
+
+    def poison(self, told: Callable[[str | TpmError], None]) -> None:
+        """Extends the poison PCR, before all else that waits for the TPM: it unseals the root key no more
+        until the machine is reset. Tells what was done. Doing it again changes nothing."""
+        pcr = self._poison_pcr
+        if pcr is None:
+            told(TpmPoisonError("no poison PCR is configured"))
+            return
+        sealed = self._sealed_to[pcr]
+
+        def work(tpm: Tpm) -> str:
+            if tpm.read_pcrs((pcr,))[pcr] != sealed:
+                return f"PCR {pcr} had been extended before"
+            tpm.extend(pcr, POISON)
+            if tpm.read_pcrs((pcr,))[pcr] == sealed:
+                raise TpmIdentityError(f"PCR {pcr} was extended, and did not change")
+            return f"PCR {pcr} extended: the TPM unseals no more before a reset"
+
+        self._submit(Priority.POISON, work, told)  # type: ignore[arg-type]
 
     def quote(
         self,

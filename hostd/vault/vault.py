@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Final
 from guestlib.errors import DeniedError, HostdError
 from hostd.core.findings import GUESTS, Component, Finding, Kind, Severity, Status, Verdict
 from hostd.core.readings import GuestsReading, Reading
-from hostd.ipc import operating
 from hostd.ipc import operations as ops
 from hostd.vault.batches import Batches, Job
 from hostd.vault.channels import BrokerLink, WorkerChannel
@@ -32,9 +31,11 @@ from hostd.vault.ledger import Entry, Ledger
 from hostd.vault.measuring import Measuring
 from hostd.vault.membership import Membership
 from hostd.vault.mint import Mint
+from hostd.vault.reactions import Reactions
 from hostd.vault.refusals import WINDOW_S, Refusals
 from hostd.vault.ring import PENDING_PAUSE_NS, draw
 from hostd.vault.service import Service
+from hostd.vault.shredding import Shredding
 from hostd.vault.store import Store
 from hostd.vault.tpmlink import TpmLink
 from hostd.vault.waiting import Judged, Pass, Refused, Waiting
@@ -99,14 +100,29 @@ class Vault:
             tpm=self.tpm,
             last=self.ledger.last,
         )
-        self.drift = Drift(
+        self.shredding = Shredding(self, self.store, self.keyring)
+        self.reactions = Reactions(
             self,
-            gate=self.gate,
+            loop,
+            config.drift,
             store=self.store,
             ledger=self.ledger,
             keyring=self.keyring,
             custody=self.custody,
             counters=self.counters,
+            tpm=self.tpm,
+            power=self._suspend,
+            shredding=self.shredding,
+        )
+        self.drift = Drift(
+            self,
+            gate=self.gate,
+            store=self.store,
+            ledger=self.ledger,
+            custody=self.custody,
+            counters=self.counters,
+            reactions=self.reactions,
+            auto=config.drift.auto,
         )
         self.drift.restore(self.ledger.open_drift)
         self.refusals = Refusals(self.ledger, self.counters, self._ledger_failed)
@@ -143,6 +159,7 @@ class Vault:
         self.broker = BrokerLink(self, loop, config.run / "broker.sock", gateway_uid=config.uid_of("gateway"))
         self._awake = loop.call_after(0.0, self.kick)
         self.record("start", detail="vault started")
+        self.drift.go_on()
         self.custody.unseal()
         loop.every(TICK_S, self.kick)
         loop.every(WINDOW_S, self.refusals.close_window)
@@ -217,6 +234,9 @@ class Vault:
         """An officer vouches for the component again; False if it had not drifted."""
         return self.drift.clear(component, reason, officer, self.measuring)
 
+    def _suspend(self, vm: str, on: bool, told: Callable[[bool, str], None]) -> None:
+        self.measuring.suspend(vm, on, told)
+
     # ── The measurer's listener ───────────────────────────────────────────────────────────────────
 
     def measurer_ready(self) -> None:
@@ -246,6 +266,10 @@ class Vault:
         refused = self.gate.judged(verdict, started=started, ended=ended)
         if verdict.status is Status.DRIFTED and not known:
             self.drift.react(verdict.component, verdict.findings, self.measuring)
+        elif self.reactions.reacts_to_warnings(verdict.component, verdict.findings):
+            self.found(verdict.component, verdict.findings)
+        else:
+            self.drift.judged(verdict, self.measuring)
         self._refuse(refused)
         for finding in verdict.findings:
             if finding.severity is Severity.WARNING:
@@ -346,37 +370,6 @@ class Vault:
                     self._awake = self.loop.call_after(PENDING_PAUSE_NS / 1e9, self.kick)
                 return
             self.measuring.ask(component)
-
-    def status(self) -> operating.StatusReport:
-        """How it stands, on one screen."""
-        now = time.monotonic_ns()
-        latched = self.gate.latched
-        components = tuple(
-            operating.ComponentLine(
-                component=str(component),
-                status=str(stamp.status),
-                age_ms=(now - stamp.started) / 1e6,
-                cost_ms=(stamp.ended - stamp.started) / 1e6,
-                drifted=component in latched,
-            )
-            for component, stamp in sorted(self.gate.stamps.items())
-        )
-        closed = self.gate.shut is not None or self.gate.host_drifted()
-        return operating.StatusReport(
-            gate="closed" if closed else "open",
-            reason=self.gate.shut or "",
-            drifted=tuple(map(str, latched)),
-            passes=self.gate.passes,
-            reference=self.custody.reference_digest.hex() if self.custody.reference else "",
-            components=components,
-            keys_unlocked=self.keyring.unlocked,
-            tpm=self.config.tpm.device,
-            ledger_size=self.ledger.size,
-            ledger_root=self.ledger.tree.root().hex(),
-            keys=self.store.key_counts(),
-            waiting=self.gate.waiting,
-            channels=len(self.broker.channels),
-        )
 
     def close(self) -> None:
         """An orderly end: nothing new, keys wiped, said in the ledger."""

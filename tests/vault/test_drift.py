@@ -36,6 +36,8 @@ from hostd.vault.drift import Drift
 from hostd.vault.keyring import Keyring
 from hostd.vault.ledger import Entry, Ledger
 from hostd.vault.mint import Mint
+from hostd.vault.reactions import Reactions
+from hostd.vault.shredding import Shredding
 from hostd.vault.store import Store, StoreError
 from tests.vault.support_gate import VM_A, A, B, finding, make_gate, read_all
 from tests.vault.support_keys import NOW, root
@@ -64,7 +66,7 @@ class SimulatedTpm:
 class Vault:
     """What the drift's consequences need, on real files; it is the house too."""
 
-    def __init__(self, folder: Path, loop: Loop) -> None:
+    def __init__(self, folder: Path, loop: Loop, config: Config = Config()) -> None:  # noqa: B008
         self.store = Store(folder / "drift.sqlite", create=not (folder / "drift.sqlite").exists())
         self.ledger = Ledger(folder / "drift.jsonl")
         self.gate = make_gate()
@@ -74,7 +76,7 @@ class Vault:
         self.shut: dict[str, str | None] = {}
         self.custody = Custody(
             self,
-            Config(),
+            config,
             loop,
             gate=self.gate,
             store=self.store,
@@ -83,16 +85,32 @@ class Vault:
             tpm=cast("Any", SimulatedTpm()),
             last={},
         )
+        self.counters = Counters()
+        self.reactions = Reactions(
+            self,
+            loop,
+            config.drift,
+            store=self.store,
+            ledger=self.ledger,
+            keyring=self.keyring,
+            custody=self.custody,
+            counters=self.counters,
+            tpm=cast("Any", SimulatedTpm()),
+            power=lambda vm, on, told: told(False, "nobody suspends here"),
+            shredding=Shredding(self, self.store, self.keyring),
+        )
         self.drift = Drift(
             self,
             gate=self.gate,
             store=self.store,
             ledger=self.ledger,
-            keyring=self.keyring,
             custody=self.custody,
-            counters=Counters(),
+            counters=self.counters,
+            reactions=self.reactions,
+            auto=config.drift.auto,
         )
         self.drift.restore(self.ledger.open_drift)
+        self.drift.go_on()
 
     def record(
         self, event: str, *, outcome: str = "done", principal: str = "", subject: str = "", detail: str = ""
@@ -156,7 +174,7 @@ def test_a_drift_outlives_a_restart(start: Callable[[], Vault], component: Compo
     vault = start()
     vault.find(component)
     assert vault.keyring.unlocked == (component == process_of(VM_A))
-    assert vault.ledger.size == 1
+    assert [e.event for e in vault.ledger.entries(0, 9)] == ["drift", "reaction"][: 1 + (not component.vm)]
     vault = start()
     assert vault.gate.latched == {component: (finding(component),)}
     assert vault.ledger.open_drift == {str(component): 0}
@@ -174,8 +192,10 @@ def test_a_drift_that_the_ledger_cannot_take_outlives_a_restart(
     assert component in vault.gate.latched
     assert not vault.store.dirty
     vault = start()
-    assert vault.ledger.size == 0
     assert vault.gate.latched == {component: (finding(component),)}
+    # It is said as soon as it can be.
+    said = [(e.event, e.op) for e in vault.ledger.entries(0, 9)]
+    assert said == [("drift", str(component)), ("reaction", str(component))][: 1 + (not component.vm)]
 
 
 def test_a_drift_that_the_store_cannot_take_is_in_the_ledger(

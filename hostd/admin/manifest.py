@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from hostd.admin import manifest_make
+from hostd.admin import manifest_change, manifest_make
 from hostd.admin.context import Context, made
 from hostd.admin.manifest_files import load, read, sign, signatures, signatures_of
 from hostd.admin.manifest_show import document_lines, host_text
@@ -34,9 +34,9 @@ for _command in (
     manifest_make.from_packages,
     manifest_make.from_host,
     manifest_make.import_keylime,
-    manifest_make.approve,
-    manifest_make.retire,
-    manifest_make.propose,
+    manifest_change.approve,
+    manifest_change.retire,
+    manifest_change.propose,
     manifest_make.compare,
 ):
     manifest.add_command(_command)

@@ -140,6 +140,19 @@ def hash_folders(folders: Iterable[Path]) -> dict[str, tuple[str, ...]]:
     return {path: (digest_of(path),) for folder in folders for path in _code_under(os.path.realpath(folder))}
 
 
+def hash_folder(folder: Path, place: str | None) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """The path, with a `/` at its end, that a folder has or (`place`) will have, and digests of all files
+    under it that hold code, by their paths there.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    root = os.path.realpath(folder)
+    there = (root if place is None else kernel_path(place.rstrip("/"))).rstrip("/")
+    found = hash_folders([folder])
+    return f"{there}/", {there + path.removeprefix(root): digests for path, digests in found.items()}
+
+
 def _code_under(folder: str) -> Iterator[str]:
     for directory, _, names in os.walk(folder):
         for name in sorted(names):

@@ -6,20 +6,18 @@ import hashlib
 import os
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 import msgspec
 
-from guestlib.errors import ConflictError, HostdError, MalformedError
+from guestlib.errors import ConflictError, MalformedError
 from hostd.admin.context import LONG_S, Context
 from hostd.admin.manifest_files import (
     IN_FORCE,
     hash_files,
     hash_folders,
-    kernel_path,
     load,
     read,
     write,
@@ -27,14 +25,12 @@ from hostd.admin.manifest_files import (
 from hostd.admin.manifest_keylime import MAX_POLICY_BYTES, parse_policy
 from hostd.admin.manifest_packages import (
     Contents,
-    of_apt,
     read_deb,
     read_installed,
 )
 from hostd.admin.manifest_show import host_text
 from hostd.admin.render import safe
-from hostd.core.manifest import DAY_S, approve_next, checked, counts, diff, merged, new_document, ordered
-from hostd.core.manifest import retire as retired
+from hostd.core.manifest import checked, counts, diff, merged, new_document, ordered
 from hostd.core.reference import ANY_HOST, Reference, Source, parse_reference
 from hostd.ipc import operating as adm
 
@@ -44,10 +40,7 @@ if TYPE_CHECKING:
 FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
 FOLDER: Final = click.Path(path_type=Path, exists=True, file_okay=False)
 DAYS: Final = click.IntRange(0, 3650)
-PROPOSED_DAYS: Final = 14
-"""How long a proposal lets old builds run: VMs are to be restarted or moved away by then."""
 
-REMOVE_HELP: Final = "A file of hostd's own that will be gone (again for more)."
 HOST_HELP: Final = f"Name of the host that it is for; '{ANY_HOST}': every host."
 
 output = click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
@@ -93,7 +86,7 @@ def now() -> int:
     return int(time.time())
 
 
-def _checked(make: Callable[[], Reference]) -> Reference:
+def well_formed(make: Callable[[], Reference]) -> Reference:
     try:
         return make()
     except ValueError as error:
@@ -124,15 +117,15 @@ def _document(
             sources=ordered((*before.sources, *sources)),
             **parts,
         )
-        return _checked(lambda: checked(changed))
+        return well_formed(lambda: checked(changed))
     base = None if on is None else load(context, on)
     name = host or (os.uname().nodename if base is None else base.host)
-    return _checked(
+    return well_formed(
         lambda: new_document(created=now(), host=name, base=base, sources=sources, files=files, **parts)
     )
 
 
-def _packages(
+def of_packages(
     names: Iterable[str],
     debs: Iterable[Path],
     *,
@@ -156,7 +149,7 @@ def _packages(
     return digests, [item.source for item in found]
 
 
-def _notes(sources: Iterable[Source]) -> list[str]:
+def origin_notes(sources: Iterable[Source]) -> list[str]:
     """What a reviewer should know about the digests' origin."""
     found = list(sources)
     counts = {how: sum(1 for s in found if s.how == how) for how in ("deb-archive", "deb", "installed")}
@@ -213,11 +206,11 @@ def from_packages(
     """Make a manifest of the code in Debian packages, as the packages say it is."""
     if not packages and not debs and not installed:
         raise click.UsageError("name packages, --deb files or --installed")
-    digests, sources = _packages(
+    digests, sources = of_packages(
         packages, debs, archive=not no_archive, installed=installed, without_altered=without_altered
     )
     reference = _document(context, digests, sources, host=host, on=on, into=into)
-    tell(context, output, reference, *_notes(sources))
+    tell(context, output, reference, *origin_notes(sources))
 
 
 @click.command("import-keylime")
@@ -247,123 +240,8 @@ def from_host(context: Context, output: Path, host: str | None) -> None:
     reference = parse_reference(document)
     if host is not None:
         named = msgspec.structs.replace(reference, host=host)
-        reference = _checked(lambda: checked(named))
+        reference = well_formed(lambda: checked(named))
     tell(context, output, reference)
-
-
-@click.command("approve-next")
-@click.argument("base")
-@output
-@click.option("--deb", "debs", type=FILE, multiple=True, help="A .deb file that will be installed.")
-@click.option("--file", "files", type=FILE, multiple=True, help="A file that will replace one of its path.")
-@click.option("--as", "path_as", metavar="PATH", help="With one --file: the path that it will have.")
-@click.option("--remove", "removals", multiple=True, metavar="PATH", help=REMOVE_HELP)
-@click.option("--retire-after", type=DAYS, metavar="DAYS", help="Old digests of the same paths end then.")
-@click.option("--no-archive", is_flag=True, help="Do not compare with apt's lists.")
-@click.pass_obj
-def approve(
-    context: Context,
-    base: str,
-    output: Path,
-    debs: tuple[Path, ...],
-    files: tuple[Path, ...],
-    path_as: str | None,
-    removals: tuple[str, ...],
-    retire_after: int | None,
-    no_archive: bool,
-) -> None:
-    """Accept new builds besides those that BASE accepts (a file, or `@`: in force)."""
-    if not debs and not files and not removals:
-        raise click.UsageError("name --deb, --file or --remove")
-    if path_as is not None and len(files) != 1:
-        raise click.UsageError("--as goes with one --file")
-    digests, sources = _packages((), debs, archive=not no_archive)
-    by_hand = hash_files(files)
-    if path_as is not None:
-        by_hand = {kernel_path(path_as): next(iter(by_hand.values()))}
-    sources += [Source(str(path)[:256], "files") for path in files]
-    reference = _checked(
-        lambda: approve_next(
-            load(context, base),
-            merged(digests, by_hand),
-            created=now(),
-            sources=sources,
-            retire_after_s=None if retire_after is None else retire_after * DAY_S,
-            removals=map(kernel_path, removals),
-        )
-    )
-    tell(context, output, reference, *_notes(sources))
-
-
-@click.command()
-@click.argument("base")
-@output
-@click.option("--path", "paths", multiple=True, help="Only this path (again for more).")
-@click.option(
-    "--unseen",
-    is_flag=True,
-    help="End what this host has not used since its boot, of paths that it does use.",
-)
-@click.option("--after", type=DAYS, metavar="DAYS", default=0, help="Not now, but after so many days.")
-@click.pass_obj
-def retire(
-    context: Context, base: str, output: Path, paths: tuple[str, ...], unseen: bool, after: int
-) -> None:
-    """End an update: what was next in BASE (a file, or `@`: in force) is in use, and what it replaced
-    ends."""
-    seen = context.ask(adm.ManifestStatus(), adm.ManifestReport).seen if unseen else None
-    reference = _checked(
-        lambda: retired(
-            load(context, base), created=now(), paths=paths or None, seen=seen, after_s=after * DAY_S
-        )
-    )
-    tell(context, output, reference)
-
-
-@click.command()
-@click.option("--deb", "debs", type=FILE, multiple=True, help="A .deb file that will be installed.")
-@click.option("--apt", "by_apt", is_flag=True, help="As apt's hook: files on standard input; never fails.")
-@click.option("--retire-after", type=DAYS, metavar="DAYS", default=PROPOSED_DAYS, show_default=True)
-@click.pass_obj
-def propose(context: Context, debs: tuple[Path, ...], by_apt: bool, retire_after: int) -> None:
-    """Prepare the manifest that packages to be installed need, on top of the one in force, for officers to
-    sign."""
-    if not by_apt:
-        _propose(context, debs, retire_after)
-        return
-    try:
-        _propose(context, of_apt(sys.stdin), retire_after)
-    except (HostdError, OSError, ValueError) as error:
-        click.echo(f"hostd: no manifest was proposed: {error}", err=True)
-
-
-def _propose(context: Context, debs: Iterable[Path], retire_after: int) -> None:
-    base = load(context, IN_FORCE)
-    digests, sources = _packages((), debs, archive=False)
-    unknown = {
-        path: values
-        for path, values in digests.items()
-        if not set(values) <= set(base.at(now()).expected(path))
-    }
-    if not unknown:
-        click.echo("hostd: the manifest in force knows these packages", err=True)
-        return
-    reference = _checked(
-        lambda: approve_next(
-            base, unknown, created=now(), sources=sources, retire_after_s=retire_after * DAY_S
-        )
-    )
-    folder = context.config.state / "proposals"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{reference.version}.json"
-    write(path, reference)
-    click.echo(
-        f"hostd: {len(unknown)} files of {len(sources)} packages are not in the manifest in force\n"
-        f"hostd: review:   hostctl manifest diff {IN_FORCE} {path}\n"
-        f"hostd: each officer:   hostctl manifest sign {path} -k KEY\n"
-        f"hostd: then:   hostctl manifest install {path}",
-        err=True,
-    )
 
 
 @click.command("diff")

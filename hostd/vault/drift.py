@@ -18,18 +18,23 @@ from guestlib.errors import HostdError
 from hostd.core.appraise_ima import Accepted
 from hostd.core.codes import Code
 from hostd.core.findings import IMA, Component, Finding, Kind, Severity, Status
+from hostd.vault.reactions import Reactions
+from hostd.vault.shredding import Shredding
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+    from hostd.config import Drift as Settings
     from hostd.core.findings import Verdict
     from hostd.core.reacting import Plan
+    from hostd.ipc.loop import Loop
     from hostd.vault.counters import Counters
     from hostd.vault.custody import Custody, House
     from hostd.vault.gate import Gate
+    from hostd.vault.keyring import Keyring
     from hostd.vault.ledger import Ledger
     from hostd.vault.measuring import Measuring
-    from hostd.vault.reactions import Reactions
+    from hostd.vault.reactions import Poison, Power
     from hostd.vault.store import Store
 
 _SEEN: Final = re.compile(r"log of boot ([0-9a-f-]{1,36}) read to byte ([0-9]{1,18}) \| ")
@@ -41,14 +46,17 @@ class Drift:
     def __init__(
         self,
         house: House,
+        loop: Loop,
+        settings: Settings,
         *,
         gate: Gate,
         store: Store,
         ledger: Ledger,
+        keyring: Keyring,
         custody: Custody,
         counters: Counters,
-        reactions: Reactions,
-        auto: frozenset[Kind],
+        tpm: Poison,
+        power: Power,
     ) -> None:
         self._house = house
         self._gate = gate
@@ -56,8 +64,21 @@ class Drift:
         self._ledger = ledger
         self._custody = custody
         self._counters = counters
-        self._reactions = reactions
-        self._auto = auto
+        self._auto = settings.auto
+        self.shredding = Shredding(house, store, keyring)
+        self.reactions = Reactions(
+            house,
+            loop,
+            settings,
+            store=store,
+            ledger=ledger,
+            keyring=keyring,
+            custody=custody,
+            counters=counters,
+            tpm=tpm,
+            power=power,
+            shredding=self.shredding,
+        )
         self._unsaid: dict[Component, tuple[Finding, ...]] = {}
         self._seen_of_log: Accepted | None = None
         """The IMA log as far as it was read when its drift was recorded: what an officer has seen."""
@@ -91,17 +112,17 @@ class Drift:
         if (noted := open_drift.get(str(IMA))) is not None:
             for entry in self._ledger.entries(noted, 1):
                 self._seen_of_log = _seen_of_log(entry.detail)
-        self._reactions.restore(self._gate.latched, open_drift)
+        self.reactions.restore(self._gate.latched, open_drift)
 
     def go_on(self) -> None:
         """After a start: says what could not be said before the last stop, and goes on with the steps that
         were not done."""
         for component, findings in self._unsaid.items():
-            self._record(component, findings, self._reactions.plan(component), "")
+            self._record(component, findings, self.reactions.plan(component), "")
         self._unsaid.clear()
         for component in self._gate.latched:
-            self._reactions.run(component)
-        self._reactions.resume()
+            self.reactions.run(component)
+        self.reactions.resume()
 
     def react(self, component: Component, findings: tuple[Finding, ...], measuring: Measuring) -> None:
         """A component has drifted, and the gate has latched it: lock and record."""
@@ -116,29 +137,37 @@ class Drift:
                 "hostd_findings_total", kind=str(component.kind), code=finding.code, severity=finding.severity
             )
         # The row first: whatever becomes of the entry, the latch outlives this process.
-        plan = self._reactions.decide(component, findings)
+        plan = self.reactions.decide(component, findings)
         try:
-            self._reactions.begin(component, plan)
+            self.reactions.begin(component, plan)
             self._store.put_drift(str(component), findings, _utc_ms(), self._ledger.size)
             self._store.commit()
         except HostdError as error:
             self._house.set_shut("store", error.message)
         self._record(component, findings, plan, seen)
-        self._reactions.run(component)
+        self.reactions.run(component)
 
     def _record(self, component: Component, findings: tuple[Finding, ...], plan: Plan, seen: str) -> None:
         with suppress(HostdError):  # the gate is shut then
             detail = f"{seen}{plan} | " + " | ".join(map(str, findings))
             self._house.record("drift", outcome="refused", subject=str(component), detail=detail)
 
-    def judged(self, verdict: Verdict, measuring: Measuring) -> None:
-        """A reading of a component that has drifted: a clean one clears it, if that is configured."""
-        clean = verdict.status is Status.VERIFIED and not self._reactions.reacts_to_warnings(
-            verdict.component, verdict.findings
-        )
-        if clean and verdict.component.kind in self._auto and verdict.component in self._gate.latched:
+    def judged(
+        self,
+        verdict: Verdict,
+        found: Callable[[Component, tuple[Finding, ...]], None],
+        measuring: Measuring,
+    ) -> None:
+        """A reading that shows no new drift. Its warnings are one where a reaction to them is configured; and
+        if there are none, a clean reading ends a drift where that is configured."""
+        component, findings = verdict.component, verdict.findings
+        if verdict.status is not Status.VERIFIED:
+            return
+        if self.reactions.reacts_to_warnings(component, findings):
+            found(component, findings)
+        elif component.kind in self._auto and component in self._gate.latched:
             with suppress(HostdError):  # it stays latched
-                self.clear(verdict.component, "a clean reading (drift.recovery is auto)", "", measuring)
+                self.clear(component, "a clean reading (drift.recovery is auto)", "", measuring)
 
     def clear(self, component: Component, reason: str, officer: str, measuring: Measuring) -> bool:
         """An officer vouches for the component again; False if it had not drifted."""
@@ -146,10 +175,10 @@ class Drift:
             return False
         self._house.record("clear", principal=officer, subject=str(component), detail=reason)
         self._store.clear_drift(str(component))
-        self._reactions.strike(component)
+        self.reactions.strike(component)
         self._store.commit()
         self._gate.clear(component)
-        self._reactions.forget(component)
+        self.reactions.forget(component)
         if component == IMA and self._seen_of_log is not None:
             # What came after the finding was never shown to the officer, and is judged again.
             self._custody.accept_log(self._seen_of_log)
@@ -157,7 +186,7 @@ class Drift:
         # What was learnt of processes and files before the drift is no longer vouched for.
         measuring.restart()
         self._custody.unseal()
-        self._reactions.resume()
+        self.reactions.resume()
         return True
 
 

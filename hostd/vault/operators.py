@@ -177,7 +177,7 @@ class Operators:
         return Done(adm.Nothing(), command.name)
 
     def _set_on_drift(self, command: adm.SetOnDrift, _now: int) -> Done:
-        self._vault.shredding.choose(command.tenant, command.what == "shred")
+        self._vault.drift.shredding.choose(command.tenant, command.what == "shred")
         return Done(adm.Nothing(), command.tenant, detail=f"on drift: {command.what}")
 
     def _bind(self, principal: str, tenant: str, now: int) -> Done:
@@ -196,7 +196,7 @@ class Operators:
 
     def _list_tenants(self, connection: _Connection, seq: int, _command: adm.ListTenants) -> None:
         store = self._vault.store
-        shred = self._vault.shredding.chosen(None)
+        shred = self._vault.drift.shredding.chosen(None)
         self._answer(connection, seq, adm.Tenants(tuple(store.tenants()), tuple(store.bindings()), shred))
 
     def _list_vms(self, connection: _Connection, seq: int, _command: adm.ListVms) -> None:
@@ -293,7 +293,7 @@ class Operators:
             since, entry = stored.get(str(component), (0, 0))
             steps = tuple(
                 adm.ReactionLine(line.step, line.outcome, line.detail)
-                for line in self._vault.reactions.lines(component)
+                for line in self._vault.drift.reactions.lines(component)
             )
             lines.append(adm.DriftLine(str(component), since, entry, finding_lines(findings), steps))
         self._answer(connection, seq, adm.Drift(tuple(lines)))

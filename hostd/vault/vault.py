@@ -31,11 +31,9 @@ from hostd.vault.ledger import Entry, Ledger
 from hostd.vault.measuring import Measuring
 from hostd.vault.membership import Membership
 from hostd.vault.mint import Mint
-from hostd.vault.reactions import Reactions
 from hostd.vault.refusals import WINDOW_S, Refusals
 from hostd.vault.ring import PENDING_PAUSE_NS, draw
 from hostd.vault.service import Service
-from hostd.vault.shredding import Shredding
 from hostd.vault.store import Store
 from hostd.vault.tpmlink import TpmLink
 from hostd.vault.waiting import Judged, Pass, Refused, Waiting
@@ -100,11 +98,11 @@ class Vault:
             tpm=self.tpm,
             last=self.ledger.last,
         )
-        self.shredding = Shredding(self, self.store, self.keyring)
-        self.reactions = Reactions(
+        self.drift = Drift(
             self,
             loop,
             config.drift,
+            gate=self.gate,
             store=self.store,
             ledger=self.ledger,
             keyring=self.keyring,
@@ -112,17 +110,6 @@ class Vault:
             counters=self.counters,
             tpm=self.tpm,
             power=self._suspend,
-            shredding=self.shredding,
-        )
-        self.drift = Drift(
-            self,
-            gate=self.gate,
-            store=self.store,
-            ledger=self.ledger,
-            custody=self.custody,
-            counters=self.counters,
-            reactions=self.reactions,
-            auto=config.drift.auto,
         )
         self.drift.restore(self.ledger.open_drift)
         self.refusals = Refusals(self.ledger, self.counters, self._ledger_failed)
@@ -266,10 +253,8 @@ class Vault:
         refused = self.gate.judged(verdict, started=started, ended=ended)
         if verdict.status is Status.DRIFTED and not known:
             self.drift.react(verdict.component, verdict.findings, self.measuring)
-        elif self.reactions.reacts_to_warnings(verdict.component, verdict.findings):
-            self.found(verdict.component, verdict.findings)
         else:
-            self.drift.judged(verdict, self.measuring)
+            self.drift.judged(verdict, self.found, self.measuring)
         self._refuse(refused)
         for finding in verdict.findings:
             if finding.severity is Severity.WARNING:

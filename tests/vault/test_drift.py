@@ -36,8 +36,6 @@ from hostd.vault.drift import Drift
 from hostd.vault.keyring import Keyring
 from hostd.vault.ledger import Entry, Ledger
 from hostd.vault.mint import Mint
-from hostd.vault.reactions import Reactions
-from hostd.vault.shredding import Shredding
 from hostd.vault.store import Store, StoreError
 from tests.vault.support_gate import VM_A, A, B, finding, make_gate, read_all
 from tests.vault.support_keys import NOW, root
@@ -86,10 +84,11 @@ class Vault:
             last={},
         )
         self.counters = Counters()
-        self.reactions = Reactions(
+        self.drift = Drift(
             self,
             loop,
             config.drift,
+            gate=self.gate,
             store=self.store,
             ledger=self.ledger,
             keyring=self.keyring,
@@ -97,17 +96,6 @@ class Vault:
             counters=self.counters,
             tpm=cast("Any", SimulatedTpm()),
             power=lambda vm, on, told: told(False, "nobody suspends here"),
-            shredding=Shredding(self, self.store, self.keyring),
-        )
-        self.drift = Drift(
-            self,
-            gate=self.gate,
-            store=self.store,
-            ledger=self.ledger,
-            custody=self.custody,
-            counters=self.counters,
-            reactions=self.reactions,
-            auto=config.drift.auto,
         )
         self.drift.restore(self.ledger.open_drift)
         self.drift.go_on()

@@ -35,12 +35,12 @@ class Asking:
         self._thread.join()
         self._python.close()
 
-    def answered_once_more(self) -> None:
+    def answered_once_more(self, within_s: float = 90.0) -> None:
         """Waits for two answers from now on: the second was asked for after this."""
-        wanted, until = self.answers + 2, time.monotonic() + 90
+        wanted, until = self.answers + 2, time.monotonic() + within_s
         while self.answers < wanted and time.monotonic() < until:
             time.sleep(0.2)
-        assert self.answers >= wanted
+        assert self.answers >= wanted, self.refused[-3:]
 
     def _ask(self) -> None:
         while not self._stop.wait(BETWEEN_ANSWERS_S):

@@ -110,8 +110,8 @@ class Code(enum.StrEnum):
     RELRO_WRITABLE = "relro-writable"
     """Relocated data that the dynamic linker protected is writable."""
     RELRO_SOURCE = "relro-source"
-    """Relocated data was computed from a file's bytes whose digest is no reference value of its path. A warning
-    if the digest was one and has retired."""
+    """Relocated data was computed from a file's bytes whose digest is no reference value of its path. A
+    warning if the digest was one and has retired."""
     RELRO_UNCOVERED = "relro-uncovered"
     """A file is mapped as code, and what relocation makes of it cannot be computed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from hostd.core.appraise_files import FileBook
 from hostd.core.appraise_self import SelfJudge
 from hostd.core.findings import SELF, Status, Verdict
+from hostd.core.manifest import approve_next, new_document, retire
 from hostd.core.reading_self import SelfReading
 from hostd.core.reference import FORMAT, Reference
 from hostd.measurer.contents import ContentsProbe
@@ -154,6 +156,29 @@ def test_a_changed_source_is_named(bench: Bench) -> None:
         ("self-file-altered", f"{bench.root}/a.py"),
         ("self-file-unknown", f"{bench.root}/sitecustomize.py"),
     }
+
+
+def test_a_removed_source_is_missed_unless_that_was_approved(bench: Bench) -> None:
+    files, judge = FileBook(), SelfJudge()
+    path = bench.root / "b.py"
+    path.write_bytes(b"old\n")
+    found = approve(bench, files)
+    digests = {**found.files, str(path): (hashlib.sha256(b"old\n").hexdigest(),)}
+    before = new_document(created=1, host="h", base=None, files=digests)
+    approved = approve_next(before, {}, created=2, removals=[str(path)])
+
+    def rounds(reference: Reference) -> list[Verdict]:
+        return [judged(bench, judge, files, reference) for _ in range(3)]
+
+    for reference in (before, approved):
+        assert rounds(reference)[-1].status is Status.VERIFIED
+    path.unlink()
+    for reference in (approved, retire(approved, created=3)):
+        verdicts = rounds(reference)
+        assert [verdict.findings for verdict in verdicts] == [()] * 3
+        assert verdicts[-1].status is Status.VERIFIED
+    missed = {(f.code, f.subject) for verdict in rounds(before) for f in verdict.findings}
+    assert missed == {("self-file-missing", str(path))}
 
 
 def test_roles_restart_and_workers_come_and_go(

@@ -24,7 +24,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from hostd.measurer.elf import ALL_CONSTANT, HEADER_BYTES, Layout, MalformedElfError, parse_layout
+from hostd.measurer.elf import HEADER_BYTES, layout_of
 from hostd.measurer.elf_places import place
 from hostd.measurer.identify import identify
 from hostd.platform.pages import OwnMapping, populate
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from hostd.core.readings import FileIdentity
     from hostd.measurer.copies import Copy
+    from hostd.measurer.elf import Layout
     from hostd.measurer.tags import Tagger
     from hostd.platform.procfs import ProcessHandle, Vma
 
@@ -88,7 +89,8 @@ class File:
     size: int = 0
     own: OwnMapping | None = None
     layout: Layout | None = None
-    head: bytes = b""
+    magic: bytes = b""
+    """Its first 4 bytes."""
     owner: int = 0
     """Pid of the process that brought it."""
     tags: dict[Range, bytes] = field(default_factory=dict)
@@ -211,8 +213,8 @@ class Registry:
         file.own = OwnMapping(file.fd, size)
         try:
             self._check_same(file)
-            file.head = os.pread(file.fd, HEADER_BYTES, 0)
-            file.layout = _layout(file.head)
+            head = os.pread(file.fd, HEADER_BYTES, 0)
+            file.magic, file.layout = head[:4], layout_of(head)
         except BaseException:
             file.own.close()
             raise
@@ -322,11 +324,14 @@ class Registry:
             # The descriptor of a file that was dropped may be another file's by now.
             if self._by_number.get(number) is not file:
                 raise LookupError("no such file any more")
-            if step is not None and step.head != file.head:
+            if step is None:
+                yield None
+                continue
+            if (step.magic, step.layout) != (file.magic, file.layout):
                 # The headers read when the file was new may not be the ones that this digest covers.
-                file.head, file.layout = step.head, _layout(step.head)
+                file.magic, file.layout = step.magic, step.layout
                 self.generation += 1
-            yield None if step is None else step.identity
+            yield step.identity
 
     def identify(self, number: int) -> FileIdentity:
         """All steps of `identify_steps` at once.
@@ -362,13 +367,6 @@ def _filesystem(fd: int) -> int:
     if _libc.fstatfs(fd, buffer):
         raise OSError(ctypes.get_errno(), "fstatfs")
     return int.from_bytes(buffer.raw[:8], "little")
-
-
-def _layout(head: bytes) -> Layout | None:
-    try:
-        return parse_layout(head)
-    except MalformedElfError:
-        return ALL_CONSTANT
 
 
 def only_root_changes(info: os.stat_result) -> bool:

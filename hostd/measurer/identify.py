@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hostd.core.readings import FileIdentity, Missing, Segment
 from hostd.measurer.copies import CHUNK_BYTES, MAX_COPIES, MAX_COPIES_PER_OWNER, Copy, compress
-from hostd.measurer.elf import HEADER_BYTES
+from hostd.measurer.elf import HEADER_BYTES, layout_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
+    from hostd.measurer.elf import Layout
     from hostd.measurer.files import File, Range, Registry
     from hostd.measurer.tags import Tagger, TagStream
 
@@ -33,8 +34,9 @@ MAX_UNFINISHED: Final = 64
 
 class Identified(NamedTuple):
     identity: FileIdentity
-    head: bytes
-    """The file's first `HEADER_BYTES`, of the bytes that were hashed."""
+    magic: bytes
+    layout: Layout | None
+    """By the file's first bytes, of those that were hashed."""
 
 
 def identify(
@@ -51,6 +53,17 @@ def identify(
     Raises (from `next`):
         OSError: it cannot be read.
     """
+    # Of what reading takes nothing is held while the copies wait for their turn.
+    yield (yield from _read(file, wanted, tagger))
+    for item in wanted:
+        if item not in file.copies and not uncopied(item):
+            yield from _keep(file, item, tagger.stream(), held)
+
+
+def _read(
+    file: File, wanted: Sequence[Range], tagger: Tagger
+) -> Generator[Identified | None, None, Identified]:
+    """Reads the file once; returns what it is."""
     digest = hashlib.sha256()
     feeds = [_Feed(item, tagger.stream()) for item in wanted]
     buffer = memoryview(bytearray(STEP_BYTES))
@@ -69,12 +82,8 @@ def identify(
     for item, segment in zip(wanted, segments, strict=True):
         file.tags.setdefault(item, segment.tag)
     device = os.fstat(file.fd).st_dev
-    yield Identified(
-        FileIdentity(file.number, file.path, device, file.inode, size, digest.digest(), segments), head
-    )
-    for item in wanted:
-        if item not in file.copies and not uncopied(item):
-            yield from _keep(file, item, tagger.stream(), held)
+    identity = FileIdentity(file.number, file.path, device, file.inode, size, digest.digest(), segments)
+    return Identified(identity, head[:4], layout_of(head))
 
 
 class _Feed:

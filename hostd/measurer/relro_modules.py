@@ -101,7 +101,7 @@ class Modules:
         for mapped in by_key.values():
             if any(vma.protection & EXEC or vma.protection == READ for vma in mapped):
                 file = self._registry.resolve(handle, mapped[0])
-                if file.own is None or file.head[:4] == b"\x7fELF" or _executable(mapped):
+                if file.own is None or file.magic == b"\x7fELF" or _executable(mapped):
                     found.append((file, mapped))
         if len(found) > MAX_MODULES:
             raise ProcessGoneError(f"over {MAX_MODULES} ELF files are mapped")

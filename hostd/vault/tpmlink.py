@@ -44,6 +44,13 @@ class Quoted:
     pcrs: dict[int, bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class PcrsRead:
+    """PCR values that the pinned TPM authenticated to us (`Tpm.check_pcrs`); nobody else can verify them."""
+
+    pcrs: dict[int, bytes]
+
+
 class TpmLink:
     """The vault's TPM, with this host's identity record and sealed root key."""
 
@@ -147,6 +154,17 @@ class TpmLink:
             told(result)  # type: ignore[arg-type]
 
         self._submit(priority, work, timed)
+
+    def check(self, told: Callable[[PcrsRead | TpmError], None]) -> None:
+        """The sealed PCRs and PCR 10, read in an authenticated session."""
+        selection = self.selection
+        asked = time.monotonic()
+
+        def timed(result: object) -> None:
+            self._counters.observe("hostd_tpm_read_seconds", time.monotonic() - asked)
+            told(result)  # type: ignore[arg-type]
+
+        self._submit(Priority.QUOTE, lambda tpm: PcrsRead(tpm.check_pcrs(selection)), timed)
 
     def differing(self, pcrs: dict[int, bytes]) -> list[tuple[int, bytes, bytes]]:
         """Sealed PCRs whose quoted value is another: (index, sealed value, quoted value)."""

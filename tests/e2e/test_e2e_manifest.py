@@ -386,6 +386,13 @@ def test_an_update_while_a_machine_runs(tmp_path_factory: pytest.TempPathFactory
             assert finding["code"] == "file-retired"
             assert str(binary) in finding["subject"]
             assert ", retired on 20" in finding["seen"]
+            # Whoever wants to see everything does not wait for a `relro` that is not asked for.
+            seen = host.hostctl("--json", "measure", check=False)
+            assert seen.returncode == 4
+            lines = {line["component"]: line for line in json.loads(seen.stdout)["components"]}
+            assert lines[f"process:{VM}"]["latched"]
+            assert not lines[f"relro:{VM}"]["latched"]
+            assert lines["files"]["age_ms"] < lines[f"relro:{VM}"]["age_ms"]
 
         # So is a machine that starts on the old build from now on.
         old_build.rename(binary)

@@ -210,8 +210,11 @@ def _bandwidth() -> float:
 
 
 if __name__ == "__main__":
-    # What the role has loaded beside the readings.
-    import hostd.measurer.main  # noqa: F401
+    # What the role has loaded beside the readings, and how it uses memory.
+    from hostd.measurer.hints import process_events
+    from hostd.measurer.main import give_memory_back
 
+    give_memory_back()
+    process_events()
     configured = Config(hypervisor=Hypervisor(binaries=(sys.argv[1],), provider="proc", allow_jit=True))
     print(json.dumps(bench_readings(configured, rounds=int(sys.argv[2]))))

@@ -65,10 +65,11 @@ class Sites:
     """Sites of one image, found by address."""
 
     def __init__(self, built: BuiltImage) -> None:
-        self._addresses = array("Q", built.addresses)
+        # No copies: there are some 150,000 sites.
+        self._addresses = memoryview(built.addresses).cast("Q")
         self._kinds = built.kinds
         self._compiled = built.compiled
-        self._targets = array("Q", built.targets)
+        self._targets = memoryview(built.targets).cast("Q")
 
     def __len__(self) -> int:
         return len(self._addresses)

@@ -6,6 +6,7 @@ CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH and more (each probe's module
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import time
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 SOCKET_NAME: Final = "measurer.sock"
 EPOCH_BYTES: Final = 16
+LARGE_BYTES: Final = 256 << 10
+"""Nothing that readings use again and again is as large: a QEMU's page table entries take 85 kB."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 STUCK_S: Final = 60.0
 """One part of the kernel takes milliseconds; on an emulated machine some hundred."""
 OTHER_DESCRIPTORS: Final = 4608
@@ -43,6 +47,7 @@ def run(config: Config) -> None:
         PagesError: page frames are hidden from this process (CAP_SYS_ADMIN).
         OSError: the socket cannot be made.
     """
+    give_memory_back()
     _raise_descriptor_limit(MAX_FILES + OTHER_DESCRIPTORS)
     uid = config.uid_of("vault")
     loop = Loop()
@@ -76,6 +81,15 @@ def run(config: Config) -> None:
         kernel.close()
         measurer.close()
         listener.close()
+
+
+def give_memory_back() -> None:
+    """Has the allocator return large blocks with their last use. By itself it keeps ever larger ones for
+    later (mallopt(3), "dynamic mmap threshold"), and this process needs them once: for a plan of the kernel,
+    or a file's symbols."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+    libc.mallopt(_M_TRIM_THRESHOLD, LARGE_BYTES)
 
 
 def thaw(config: Config) -> None:

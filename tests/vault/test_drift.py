@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
 
 import msgspec
 import pytest
 
 from guestlib.errors import HostdError
-from hostd.config import Config
 from hostd.core.appraise_ima import Accepted
 from hostd.core.codes import Code
 from hostd.core.findings import (
@@ -27,118 +24,11 @@ from hostd.core.findings import (
     process_of,
     relro_of,
 )
-from hostd.core.reference import Reference
 from hostd.ipc.loop import Loop
-from hostd.platform.secretmem import SecretBuffer
-from hostd.vault.counters import Counters
-from hostd.vault.custody import LOCKED, Custody
-from hostd.vault.drift import Drift
-from hostd.vault.keyring import Keyring
-from hostd.vault.ledger import Entry, Ledger
-from hostd.vault.mint import Mint
-from hostd.vault.store import Store, StoreError
-from tests.vault.support_gate import VM_A, A, B, finding, make_gate, read_all
-from tests.vault.support_keys import NOW, root
-
-
-class SimulatedMeasuring:
-    """The link to the measurer: the log as far as it was read."""
-
-    def __init__(self) -> None:
-        self.appraiser = self
-        self.ima = self
-        self.so_far = Accepted("boot", 100)
-        self.restarts = 0
-
-    def restart(self) -> None:
-        self.restarts += 1
-
-
-class SimulatedTpm:
-    """Unseals at once."""
-
-    def unseal(self, told: Callable[[SecretBuffer], None]) -> None:
-        told(root())
-
-
-class Vault:
-    """What the drift's consequences need, on real files; it is the house too."""
-
-    def __init__(self, folder: Path, loop: Loop, config: Config = Config()) -> None:  # noqa: B008
-        self.store = Store(folder / "drift.sqlite", create=not (folder / "drift.sqlite").exists())
-        self.ledger = Ledger(folder / "drift.jsonl")
-        self.gate = make_gate()
-        self.keyring = Keyring(self.store)
-        self.keyring.unlock(root())
-        self.measuring = SimulatedMeasuring()
-        self.shut: dict[str, str | None] = {}
-        self.custody = Custody(
-            self,
-            config,
-            loop,
-            gate=self.gate,
-            store=self.store,
-            keyring=self.keyring,
-            mint=Mint(loop),
-            tpm=cast("Any", SimulatedTpm()),
-            last={},
-        )
-        self.counters = Counters()
-        self.drift = Drift(
-            self,
-            loop,
-            config.drift,
-            gate=self.gate,
-            store=self.store,
-            ledger=self.ledger,
-            keyring=self.keyring,
-            custody=self.custody,
-            counters=self.counters,
-            tpm=cast("Any", SimulatedTpm()),
-            power=lambda vm, on, told: told(False, "nobody suspends here"),
-        )
-        self.drift.restore(self.ledger.open_drift)
-        self.drift.go_on()
-
-    def record(
-        self, event: str, *, outcome: str = "done", principal: str = "", subject: str = "", detail: str = ""
-    ) -> int:
-        seq = self.ledger.size
-        self.ledger.append(
-            Entry(seq, NOW, event, outcome, principal=principal, op=subject, detail=detail[:4000])
-        )
-        self.ledger.sync()
-        return seq
-
-    def set_shut(self, what: str, reason: str | None) -> None:
-        self.shut[what] = reason
-
-    def new_reference(self) -> None:
-        self.measuring.restart()
-
-    def judge_by(self, reference: Reference) -> None:
-        raise AssertionError("nothing retires here")
-
-    def kick(self) -> None:
-        pass
-
-    def find(self, component: Component) -> None:
-        findings = (finding(component),)
-        self.gate.latch(component, findings)
-        self.drift.react(component, findings, cast("Any", self.measuring))
-
-    def clear(self, component: Component) -> bool:
-        return self.drift.clear(component, "looked at it", "officer", cast("Any", self.measuring))
-
-    def fill_disk(self) -> None:
-        full = os.open("/dev/full", os.O_RDWR | os.O_CLOEXEC)
-        os.dup2(full, self.ledger._fd, inheritable=False)
-        os.close(full)
-
-    def close(self) -> None:
-        self.custody.lock()
-        self.store.close()
-        self.ledger.close()
+from hostd.vault.custody import LOCKED
+from hostd.vault.store import StoreError
+from tests.vault.support_drift import Vault
+from tests.vault.support_gate import VM_A, A, B, finding, read_all
 
 
 @pytest.fixture

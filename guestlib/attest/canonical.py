@@ -5,7 +5,7 @@ be (RFC 8259, section 7: `"`, `\\` and what is below U+0020, with the short form
 byte strings as base64 (RFC 4648, section 4, with padding), integers in decimal.
 
 - A request is `{"args":{…},"op":"Name"}`, where an argument that has its default value (docs/protocol.md,
-  "Operations") is left out, as is one that is null.
+  "Operations") is left out, as is one that is null; likewise in each of the `items` of a batch operation.
 - An answer is its `ok` object as it was received.
 
 commitment = SHA-256(salt || canonical bytes). Standard library only.
@@ -31,6 +31,8 @@ DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "GenerateDataKey": {"aad": {}, "length": 32, "plaintext": True},
 }
 """Operation → arguments whose default is not null. What is not here has none, or null."""
+ITEM_DEFAULTS: Final[dict[str, dict[str, Any]]] = {"EncryptMany": {"aad": {}}, "DecryptMany": {"aad": {}}}
+"""The same of each of a batch operation's `items`."""
 
 
 def canonical(value: Any) -> bytes:
@@ -54,7 +56,11 @@ def _base64(value: Any) -> str:
 
 def canonical_request(operation: str, args: Mapping[str, Any]) -> bytes:
     """The canonical bytes of a request: `args` as given to the client, or as they are on the wire."""
-    return canonical({"args": _without_defaults(args, DEFAULTS.get(operation, {})), "op": operation})
+    given = _without_defaults(args, DEFAULTS.get(operation, {}))
+    if isinstance(items := given.get("items"), list | tuple):
+        defaults = ITEM_DEFAULTS.get(operation, {})
+        given["items"] = [_without_defaults(item, defaults) for item in items]
+    return canonical({"args": given, "op": operation})
 
 
 def _without_defaults(args: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

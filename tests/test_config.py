@@ -12,8 +12,7 @@ import pytest
 
 from hostd import config
 from hostd.config import MAX_CONFIG_BYTES, Config, ConfigError, load_config, parse_config, uid_of
-from hostd.core.findings import Kind, Severity
-from hostd.core.reacting import Step
+from hostd.core.findings import Kind
 
 
 def parse(text: str) -> Config:
@@ -185,67 +184,11 @@ def test_somebody_must_be_able_to_sign() -> None:
         parse("").require_officers()
 
 
-def test_reactions() -> None:
-    drift = parse(
-        """
-        [drift]
-        poison_pcr = 14
-        recovery = { posture = "auto", files = "officer" }
-        [[drift.reactions]]
-        kinds = ["process", "relro"]
-        steps = ["lock", "suspend-vm", "poison"]
-        [[drift.reactions]]
-        kinds = ["relro"]
-        severity = "warning"
-        steps = []
-        """
-    ).drift
-    steps = frozenset({Step.LOCK, Step.SUSPEND_VM, Step.POISON})
-    assert drift.table == {
-        (Kind.PROCESS, Severity.CRITICAL): steps,
-        (Kind.RELRO, Severity.CRITICAL): steps,
-        (Kind.RELRO, Severity.WARNING): frozenset(),
-    }
-    assert drift.auto == {Kind.POSTURE}
-    assert drift.has(Step.SUSPEND_VM)
-    assert not Config().drift.has(Step.LOCK)
-    assert not Config().drift.auto
-
-
-def rule(kinds: str, steps: str, more: str = "") -> str:
-    return f"[[drift.reactions]]\nkinds = {kinds}\nsteps = {steps}\n{more}\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        (rule('["nothing"]', "[]"), "nothing"),
-        (rule('["process"]', '["burn"]'), "burn"),
-        (rule("[]", "[]"), "kinds"),
-        (rule('["process"]', "[]", 'severity = "mild"'), "mild"),
-        (rule('["process"]', "[]", "often = 1"), "often"),
-        (rule('["process"]', '["shred"]'), "tenant's own choice"),
-        (rule('["files"]', '["suspend-vm"]'), "no VM"),
-        (rule('["files"]', '["poison"]'), "poison_pcr"),
-        (rule('["relro"]', '["poison"]', 'severity = "warning"') + "[drift]\npoison_pcr = 14", "warning"),
-        (rule('["process"]', "[]") + rule('["relro", "process"]', "[]"), "two reactions to critical process"),
-        ('[hypervisor]\nprovider = "proc"\n' + rule('["process"]', '["suspend-vm"]'), "provider"),
-        *((f"[drift]\npoison_pcr = {pcr}", f"PCR {pcr} ") for pcr in (10, 16, 17, 22, 23)),
-        ("[drift]\npoison_pcr = 12", "sealed to"),
-        ("[drift]\npoison_pcr = 24", "poison_pcr"),
-        ('[drift]\nrecovery = "auto"', "recovery"),
-        ('[drift]\nrecovery = { ima = "auto" }', "officer accepts"),
-        ('[drift]\nrecovery = { boot = "auto" }', "measured at boot"),
-        ('[drift]\nrecovery = { files = "never" }', "never"),
-        ('[drift]\nrecovery = { everything = "auto" }', "everything"),
-        ('[drift]\nscope = "host"\nrecovery = { relro = "auto" }', "scope"),
-        (
-            '[drift]\npoison_pcr = 14\nrecovery = { files = "auto" }\n' + rule('["files"]', '["poison"]'),
-            "poisons the TPM",
-        ),
-    ],
-)
-def test_reactions_that_make_no_sense(text: str, why: str) -> None:
-    message = refused(text)
-    assert why in message
-    assert "$.drift" in message or "`$.drift`" in message
+def test_the_quote_that_follows() -> None:
+    assert Config().gate.tpm == "quote"
+    assert parse('[gate]\ntpm = "read"').gate.follows_s == 10.0
+    assert parse('[gate]\ntpm = "read"\nquote_every_s = 60').gate.follows_s == 60.0
+    assert "quote_every_s" in refused("[gate]\nquote_every_s = 60")
+    assert "gate.tpm" in refused('[gate]\ntpm = "none"')
+    assert "quote_every_s" in refused('[gate]\ntpm = "read"\nquote_every_s = 0')
+    assert "quote_every_s" in refused('[gate]\ntpm = "read"\nquote_every_s = 3601.0')

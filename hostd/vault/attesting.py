@@ -1,14 +1,14 @@
 """What the TPM says of each batch: signed, or read.
 
-`gate.tpm = "quote"`: every batch has a quote of its own, over the PCRs and the ledger's head with its entries.
-`gate.tpm = "read"`, for chips whose signature takes long: every batch has the PCRs read, in a session that only
-the pinned TPM can answer (`Tpm.check_pcrs`), and a quote over the head of the latest batch follows every
-`gate.quote_every_s`. The tree is append-only, so that one quote covers every batch before it. A batch is
-released under the same checks of the same PCRs either way; what waits for the next quote is the proof of it
-to others: receipts and the signed head.
+`gate.tpm = "quote"`: every batch has a quote of its own, over the PCRs and the ledger's head with its
+entries. `gate.tpm = "read"`, for chips whose signature takes long: every batch has the PCRs read, in a
+session that only the pinned TPM can answer (`Tpm.check_pcrs`), and a quote over the head of the latest batch
+follows every `gate.quote_every_s`. The tree is append-only, so that one quote covers every batch before it. A
+batch is released under the same checks of the same PCRs either way; what waits for the next quote is the
+proof of it to others: receipts and the signed head.
 
-A TPM that reads and no longer signs must not go on so: when the quote is overdue by as much again, batches are
-answered only with a quote of their own, until one was made.
+A TPM that reads and no longer signs must not go on so: when the quote is overdue by as much again, batches
+are answered only with a quote of their own, until one was made.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class Attesting:
     def _follow(self) -> None:
         """The quote that follows."""
         signing = self._uncovered
-        if signing is None or not self._stands(signing):
+        if signing is None or self._ledger.durable < signing.size:
+            # What could not be written is cut off again; a head with it would keep the next vault from starting.
             self._uncovered, self._waiting = None, False
             return
         self._tpm.quote(
@@ -120,7 +121,7 @@ class Attesting:
 
     def _on_quote(self, signing: Signing, result: Quoted | TpmError) -> None:
         self._waiting = False
-        if isinstance(result, Quoted) and self._stands(signing):
+        if isinstance(result, Quoted):
             self._covered(signing)
             try:
                 self._heads.note(
@@ -137,12 +138,6 @@ class Attesting:
         if self._uncovered is not None:
             self._waiting = True
             self._loop.call_after(self._every_s, self._follow)
-
-    def _stands(self, signing: Signing) -> bool:
-        """Whether the ledger has these entries: what could not be written is cut off again, and a head with it
-        would keep the next vault from starting."""
-        ledger = self._ledger
-        return ledger.size >= signing.size and ledger.tree.root(signing.size) == signing.root
 
     def _covered(self, signing: Signing) -> None:
         if self._uncovered is signing:

@@ -185,3 +185,8 @@ class KeyRecord:
     @property
     def current(self) -> VersionRecord:
         return self.versions[-1]
+
+    @property
+    def raw_id(self) -> bytes:
+        """The id as a ciphertext names it, 16 bytes."""
+        return bytes.fromhex(self.id.removeprefix("key-"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 
 from guestlib.wire.codec import MAX_FRAME_BYTES
-from hostd.ipc import operations
+from hostd.ipc import fields
 
 if TYPE_CHECKING:
     from hostd.config import Gateway
@@ -71,12 +71,16 @@ def published(limits: Limits) -> dict[str, int | float]:
     """The limits as `hello` tells them. Names are append-only."""
     return {
         "frame_bytes": MAX_FRAME_BYTES,
-        "data_bytes": operations.MAX_DATA_BYTES,
-        "ciphertext_bytes": operations.MAX_CIPHERTEXT_BYTES,
-        "random_bytes": operations.MAX_RANDOM_BYTES,
-        "aad_pairs": operations.MAX_AAD_PAIRS,
-        "key_list": operations.MAX_KEY_LIST,
-        "evidence_chunk_bytes": operations.IMA_CHUNK_BYTES,
+        "data_bytes": fields.MAX_DATA_BYTES,
+        "ciphertext_bytes": fields.MAX_CIPHERTEXT_BYTES,
+        "batch_items": fields.MAX_BATCH_ITEMS,
+        "batch_bytes": fields.MAX_BATCH_BYTES,
+        "batch_ciphertext_bytes": fields.MAX_BATCH_CIPHERTEXT_BYTES,
+        "batch_rsa_signatures": fields.MAX_BATCH_RSA_SIGNATURES,
+        "random_bytes": fields.MAX_RANDOM_BYTES,
+        "aad_pairs": fields.MAX_AAD_PAIRS,
+        "key_list": fields.MAX_KEY_LIST,
+        "evidence_chunk_bytes": fields.IMA_CHUNK_BYTES,
         "connections": limits.connections,
         "in_flight": limits.in_flight,
         "waiting_bytes": WAITING_BYTES_PER_CONNECTION,

@@ -1,50 +1,38 @@
-"""The guest's operations: arguments and results, each field with its published limit.
+"""The guest's operations: arguments and results, each field with its published limit (`fields`).
 
 One definition serves both hops. A worker decodes a guest's JSON into these structs (docs/protocol.md)
 and the vault decodes the worker's MessagePack into them again: a worker that was taken over cannot
 get anything past the vault that a guest could not send. Nothing here names the caller; who asks is
 decided by the channel.
 
-Byte strings are base64 in JSON. Unknown fields, wrong types and values over a limit do not decode.
+The batch operations are in `many_operations`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 
-MAX_DATA_BYTES = 64 << 10
-"""Longest plaintext or message of one request; larger data goes by data keys."""
-MAX_CIPHERTEXT_BYTES = MAX_DATA_BYTES + 1024
-MAX_RANDOM_BYTES = 1024
-MAX_AAD_PAIRS = 16
-MAX_KEY_LIST = 100
-MAX_VERSIONS_SHOWN = 16
-"""Versions a KeyInfo lists: the newest ones."""
-IMA_CHUNK_BYTES = 96 << 10
-"""Log bytes in one GetEvidenceLog answer: base64 of it fits a frame."""
-
-Algorithm = Literal["AES-256-GCM", "HMAC-SHA-256", "ECDSA-P256", "Ed25519", "RSA-3072"]
-SignatureScheme = Literal["ecdsa-sha256", "ed25519", "rsa-pss-sha256", "rsa-pkcs1-sha256"]
-
-KeyRef = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
-"""A key id (`key-` and 32 hex digits) or an alias of the caller's tenant (`alias/…`)."""
-Alias = Annotated[str, msgspec.Meta(pattern=r"^alias/[A-Za-z0-9_.-]{1,100}\Z")]
-Token = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{8,64}\Z")]
-"""Idempotency token: the same call with the same token is done once."""
-Data = Annotated[bytes, msgspec.Meta(max_length=MAX_DATA_BYTES)]
-Ciphertext = Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_CIPHERTEXT_BYTES)]
-Aad = Annotated[
-    dict[
-        Annotated[str, msgspec.Meta(min_length=1, max_length=128)],
-        Annotated[str, msgspec.Meta(max_length=512)],
-    ],
-    msgspec.Meta(max_length=MAX_AAD_PAIRS),
-]
-"""Additional data, bound to the ciphertext and not secret: the object, keys in any order."""
-Version = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
-Nonce = Annotated[bytes, msgspec.Meta(min_length=16, max_length=64)]
+from hostd.ipc.fields import (
+    MAX_AUDIT_ENTRIES,
+    MAX_KEY_LIST,
+    MAX_RANDOM_BYTES,
+    Aad,
+    Algorithm,
+    Alias,
+    Ciphertext,
+    Data,
+    EntryNumber,
+    KeyRef,
+    MacBytes,
+    Nonce,
+    SignatureBytes,
+    SignatureScheme,
+    Token,
+    Version,
+)
+from hostd.ipc.many_operations import ManyOperation, ManyResult
 
 
 class _Op(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="op"):
@@ -97,7 +85,7 @@ class Sign(_Op, frozen=True, tag="Sign"):
 class Verify(_Op, frozen=True, tag="Verify"):
     key: KeyRef
     message: Data
-    signature: Annotated[bytes, msgspec.Meta(min_length=1, max_length=1024)]
+    signature: SignatureBytes
     scheme: SignatureScheme | None = None
     version: Version | None = None
 
@@ -115,7 +103,7 @@ class Mac(_Op, frozen=True, tag="Mac"):
 class VerifyMac(_Op, frozen=True, tag="VerifyMac"):
     key: KeyRef
     message: Data
-    mac: Annotated[bytes, msgspec.Meta(min_length=1, max_length=64)]
+    mac: MacBytes
     version: Version | None = None
 
 
@@ -147,6 +135,19 @@ class GetEvidenceLog(_Op, frozen=True, tag="GetEvidenceLog"):
     offset: Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 
 
+class GetReceipt(_Op, frozen=True, tag="GetReceipt"):
+    """The whole receipt of an answer that the caller's tenant got earlier, by its ledger entry."""
+
+    ledger: EntryNumber
+
+
+class GetAuditLog(_Op, frozen=True, tag="GetAuditLog"):
+    """The ledger entries of the caller's tenant, from the first that comes after entry `after`."""
+
+    after: EntryNumber | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_AUDIT_ENTRIES)] = MAX_AUDIT_ENTRIES
+
+
 GatedOperation = (
     CreateKey
     | DescribeKey
@@ -162,9 +163,11 @@ GatedOperation = (
     | GenerateRandom
     | Rotate
     | Shred
+    | ManyOperation
 )
-UngatedOperation = Health | GetEvidence | GetEvidenceLog
-"""They must work when the host has drifted, to say why. They touch no key."""
+UngatedOperation = Health | GetEvidence | GetEvidenceLog | GetReceipt | GetAuditLog
+"""The first three must work when the host has drifted, to say why; the others speak of what was measured
+when it happened. None uses a tenant's key."""
 Operation = GatedOperation | UngatedOperation
 
 BY_NAME: dict[str, type[Operation]] = {
@@ -184,9 +187,12 @@ BY_NAME: dict[str, type[Operation]] = {
         GenerateRandom,
         Rotate,
         Shred,
+        *get_args(ManyOperation),
         Health,
         GetEvidence,
         GetEvidenceLog,
+        GetReceipt,
+        GetAuditLog,
     )
 }
 
@@ -299,6 +305,29 @@ class EvidenceLogResult(_Result, frozen=True):
     data: bytes
 
 
+class ReceiptResult(_Result, frozen=True):
+    receipt: bytes
+    """A JSON document (docs/receipts.md), as bytes."""
+
+
+class AuditEntry(_Result, frozen=True):
+    index: int
+    line: str
+    """The entry as the ledger has it: what is hashed is its UTF-8."""
+    proof: tuple[bytes, ...]
+    """Its inclusion in the tree of the page's head, the leaf's sibling first."""
+    withheld: bool = False
+    """A later entry says that this answer never left."""
+
+
+class AuditLogResult(_Result, frozen=True):
+    head: bytes
+    """A JSON document: the head that the proofs lead to, and its quote (docs/receipts.md)."""
+    entries: tuple[AuditEntry, ...]
+    next: int | None = None
+    """Give it as `after` to go on; absent at the head's end. A page may hold no entry and have a next."""
+
+
 Result = (
     KeyResult
     | KeyListResult
@@ -309,8 +338,11 @@ Result = (
     | VerifyResult
     | PublicKeyResult
     | MacResult
+    | ManyResult
     | RandomResult
     | HealthResult
     | EvidenceResult
     | EvidenceLogResult
+    | ReceiptResult
+    | AuditLogResult
 )

@@ -182,9 +182,10 @@ class Gate:
             return None
         batch: list[Waiting] = []
         components: set[Component] = set()
+        spent = 0
         share = max(1, self._batch // max(1, len(self._turn)))
         for _ in range(len(self._turn)):
-            if len(batch) == self._batch:
+            if spent >= self._batch:
                 break  # those left are the first of the next batch
             caller = self._turn[0]
             self._turn.rotate(-1)
@@ -193,14 +194,14 @@ class Gate:
             taken = 0
             while (
                 requests
-                and taken < share
-                and len(batch) < self._batch
+                and taken < min(share, self._batch - spent)
                 and requests[0].deadline > now
                 and requests[0].arrived <= until
             ):
+                taken += requests[0].cost
                 batch.append(requests.popleft())
-                taken += 1
             if taken:
+                spent += taken
                 components |= self.needs(caller)
         self._forget_empty()
         if not batch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
@@ -30,7 +30,11 @@ from hostd.core.keys import (
 )
 from hostd.core.keys import check_use as _check_use
 from hostd.ipc import operations as ops
+from hostd.ipc.fields import MAX_VERSIONS_SHOWN
 from hostd.vault import primitives
+from hostd.vault.cost import cost
+from hostd.vault.done import Done
+from hostd.vault.many import Many
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,18 +49,6 @@ MAX_VERSIONS: Final = 100
 """Versions of one key; over it, rotate into a new key."""
 MAX_KEYS: Final = 10_000
 """Keys of one tenant."""
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """What an operation gave, and what the ledger says of it."""
-
-    result: msgspec.Struct
-    """What the caller gets."""
-    tenant: str
-    key: str = ""
-    version: int = 0
-    detail: str = ""
 
 
 class Service:
@@ -83,6 +75,7 @@ class Service:
             ops.GenerateRandom: self._generate_random,
             ops.Rotate: self._rotate,
             ops.Shred: self._shred,
+            **Many(keyring, self._usable, self._key).table(),
         }
 
     def execute(self, caller: Caller, operation: ops.GatedOperation, now: int) -> Done:
@@ -96,6 +89,20 @@ class Service:
         if tenant is None:
             raise DeniedError("this caller belongs to no tenant")
         return self._table[type(operation)](tenant, operation)
+
+    def cost(self, caller: Caller, operation: ops.GatedOperation) -> int:
+        """What the operation will cost, in units of `hostd.vault.cost`; no secret is touched.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+
+        def algorithm(reference: str) -> Algorithm | None:
+            bound = self._store.binding(caller.principal)
+            key = None if bound is None else self._store.key(bound[0], reference)
+            return None if key is None else key.algorithm
+
+        return cost(operation, algorithm)
 
     # ── Keys ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -217,7 +224,7 @@ class Service:
 
     def _sealed(self, key: KeyRecord, version: VersionRecord, plaintext: bytes, aad: dict[str, str]) -> Done:
         ciphertext = primitives.seal(
-            self._keyring.secret(key, version), _id_bytes(key.id), version.version, plaintext, aad
+            self._keyring.secret(key, version), key.raw_id, version.version, plaintext, aad
         )
         result = ops.EncryptResult(ciphertext=ciphertext, key=key.id, version=version.version)
         return Done(result, key.tenant, key.id, version.version)
@@ -297,10 +304,6 @@ def _request_digest(op: ops.CreateKey | ops.Rotate | ops.Shred) -> bytes:
     return hashlib.sha256(msgspec.msgpack.encode(op)).digest()
 
 
-def _id_bytes(key_id: str) -> bytes:
-    return bytes.fromhex(key_id.removeprefix("key-"))
-
-
 def _time(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")
 
@@ -320,7 +323,7 @@ def _info(key: KeyRecord) -> ops.KeyInfo:
         schemes=SCHEMES.get(key.algorithm, ()),
         versions=tuple(
             ops.KeyVersionInfo(version=v.version, state=v.state.value, created=_time(v.created))
-            for v in key.versions[-ops.MAX_VERSIONS_SHOWN :]
+            for v in key.versions[-MAX_VERSIONS_SHOWN:]
         ),
         alias=key.alias,
     )

@@ -19,6 +19,8 @@ class Waiting:
     arrived: int
     deadline: int
     item: object
+    cost: int = 1
+    """Its work, in units of `hostd.vault.cost`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,13 @@ from guestlib.errors import (
 from hostd.core.callers import Caller
 from hostd.core.keys import SCHEMES, Algorithm, State
 from hostd.ipc import operations as ops
+from hostd.ipc.fields import MAX_VERSIONS_SHOWN
+from hostd.ipc.fields import Algorithm as AlgorithmName
 from hostd.vault import primitives
 from hostd.vault import service as module
+from hostd.vault.done import Done
 from hostd.vault.keyring import Keyring
-from hostd.vault.service import Done, Service
+from hostd.vault.service import Service
 from hostd.vault.store import Store
 from tests.vault.support_keys import NOW, root
 
@@ -63,7 +66,7 @@ class Desk:
 
     def create(
         self,
-        algorithm: ops.Algorithm = "AES-256-GCM",
+        algorithm: AlgorithmName = "AES-256-GCM",
         *,
         alias: str | None = None,
         caller: Caller = RED,
@@ -147,7 +150,7 @@ def test_data_keys(call: Desk) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["ECDSA-P256", "Ed25519"])
-def test_sign_and_verify(call: Desk, algorithm: ops.Algorithm) -> None:
+def test_sign_and_verify(call: Desk, algorithm: AlgorithmName) -> None:
     key = call.create(algorithm)
     signed = call(ops.Sign(key, b"message"))
     scheme = SCHEMES[Algorithm(algorithm)][0]
@@ -216,7 +219,7 @@ def uses(key: str, call: Desk) -> dict[str, ops.GatedOperation]:
 
 
 @pytest.mark.parametrize("algorithm", ["AES-256-GCM", "HMAC-SHA-256", "ECDSA-P256", "Ed25519"])
-def test_one_key_one_purpose(call: Desk, algorithm: ops.Algorithm) -> None:
+def test_one_key_one_purpose(call: Desk, algorithm: AlgorithmName) -> None:
     allowed = {
         "AES-256-GCM": {"encrypt", "data key"},
         "HMAC-SHA-256": {"mac", "verify mac"},
@@ -273,7 +276,7 @@ REFERENCES: list[Callable[[str], ops.GatedOperation]] = [
 @pytest.mark.parametrize("make", REFERENCES)
 @pytest.mark.parametrize("algorithm", ["AES-256-GCM", "HMAC-SHA-256", "Ed25519"])
 def test_another_tenants_key_is_as_one_that_never_was(
-    call: Desk, make: Callable[[str], ops.GatedOperation], algorithm: ops.Algorithm
+    call: Desk, make: Callable[[str], ops.GatedOperation], algorithm: AlgorithmName
 ) -> None:
     key = call.create(algorithm, alias="alias/mine")
     never = refusal(call, make(NO_KEY), BLUE)
@@ -404,9 +407,9 @@ def test_a_compromised_version_of_an_active_key(call: Desk, store: Store, keyrin
 
 def test_versions_shown_and_versions_at_most(call: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     key = call.create()
-    for _ in range(ops.MAX_VERSIONS_SHOWN + 3):
+    for _ in range(MAX_VERSIONS_SHOWN + 3):
         info = call.rotate(key)
-    assert [v.version for v in info.versions] == list(range(5, ops.MAX_VERSIONS_SHOWN + 5))
+    assert [v.version for v in info.versions] == list(range(5, MAX_VERSIONS_SHOWN + 5))
     monkeypatch.setattr(module, "MAX_VERSIONS", info.version)
     with pytest.raises(ConflictError, match="limit"):
         call.rotate(key)

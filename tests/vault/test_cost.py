@@ -1,0 +1,101 @@
+"""What a request costs, and that a batch of the gate is bounded by it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hostd.core.findings import Status
+from hostd.core.keys import Algorithm
+from hostd.ipc import many_operations as many
+from hostd.ipc import operations as ops
+from hostd.ipc.fields import MAX_BATCH_ITEMS, MAX_BATCH_RSA_SIGNATURES
+from hostd.vault.cost import UNIT_US, cost
+from hostd.vault.service import Service
+from hostd.vault.store import Store
+from hostd.vault.waiting import Waiting
+from tests.vault.support_gate import HOST, VM_A, VM_B, A, B, make_gate, of_vm, verdict
+from tests.vault.test_service import BLUE, RED, Desk
+
+MESSAGE = many.MessageItem(b"")
+DEAREST: list[tuple[ops.Operation, Algorithm | None]] = [
+    (many.EncryptMany("k", (many.EncryptItem(b""),) * MAX_BATCH_ITEMS), None),
+    (many.SignMany("k", (MESSAGE,) * MAX_BATCH_RSA_SIGNATURES), Algorithm.RSA_3072),
+    (many.SignMany("k", (MESSAGE,) * MAX_BATCH_ITEMS), Algorithm.ED25519),
+    (many.VerifyMany("k", (many.VerifyItem(b"", b"s"),) * MAX_BATCH_ITEMS), Algorithm.ED25519),
+]
+
+
+def test_costs() -> None:
+    def of(operation: ops.Operation, algorithm: Algorithm | None = None) -> int:
+        return cost(operation, lambda _key: algorithm)
+
+    assert of(ops.Encrypt("k", b"")) == 1
+    assert of(ops.DescribeKey("k")) == 1
+    assert of(ops.Sign("k", b"")) == 1  # no such key
+    assert of(ops.Sign("k", b""), Algorithm.HMAC_SHA_256) == 1
+    assert of(ops.Sign("k", b""), Algorithm.RSA_3072) == 1 + 600 // UNIT_US
+    assert of(ops.Verify("k", b"", b"s"), Algorithm.ED25519) == 1 + 62 // UNIT_US
+    assert of(many.MacMany("k", (MESSAGE,) * 256)) == 65
+    assert of(many.SignMany("k", (MESSAGE,) * 16), Algorithm.RSA_3072) == 1 + 16 * 600 // UNIT_US
+
+
+@pytest.mark.parametrize(("operation", "algorithm"), DEAREST)
+def test_the_dearest_request_is_bounded(operation: ops.Operation, algorithm: Algorithm | None) -> None:
+    assert cost(operation, lambda _key: algorithm) <= 1000
+
+
+def test_the_service_looks_up_the_callers_own_key(service: Service, store: Store) -> None:
+    call = Desk(service, store)
+    key = call.create("Ed25519", alias="alias/k")
+    for reference in (key, "alias/k"):
+        assert service.cost(RED, many.SignMany(reference, (MESSAGE,) * 16)) == 1 + 16 * 20 // UNIT_US
+        assert service.cost(BLUE, many.SignMany(reference, (MESSAGE,) * 16)) == 1
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([A, B]), st.integers(1, 50)), max_size=60),
+    st.integers(1, 40),
+)
+def test_a_batch_is_bounded_by_cost_and_all_come_in_turn(
+    asked: list[tuple[object, int]], budget: int
+) -> None:
+    gate = make_gate(batch=budget)
+    for number, (caller, units) in enumerate(asked):
+        gate.arrive(Waiting(caller, 10, 1000, number, units))  # type: ignore[arg-type]
+    for component in (*HOST, *of_vm(VM_A, VM_B)):
+        gate.judged(verdict(component, Status.VERIFIED), started=20, ended=21)
+    left = {caller: [n for n, (c, _) in enumerate(asked) if c == caller] for caller in (A, B)}
+    rounds = 0
+    while (taken := gate.take(30)) is not None:
+        batch, _passed = taken
+        rounds += 1
+        units = [request.cost for request in batch]
+        # Over the budget by less than the last request of each caller that took part.
+        last = {request.caller: request.cost for request in batch}
+        assert sum(units) < budget + sum(last.values())
+        # Each gets at most its share and the request that crosses it.
+        for caller in (A, B):
+            mine = [r for r in batch if r.caller == caller]
+            assert sum(r.cost for r in mine[:-1]) < budget
+            assert [r.item for r in mine] == left[caller][: len(mine)]
+            del left[caller][: len(mine)]
+        assert batch
+    assert not left[A]
+    assert not left[B]
+    assert rounds <= len(asked)
+
+
+def test_a_flood_of_signatures_holds_nobody_up_for_longer_than_a_batch() -> None:
+    gate = make_gate(batch=1024)
+    for number in range(100):
+        gate.arrive(Waiting(A, 10, 1000, ("flood", number), 601))
+    gate.arrive(Waiting(B, 11, 1000, "other", 1))
+    for component in (*HOST, *of_vm(VM_A, VM_B)):
+        gate.judged(verdict(component, Status.VERIFIED), started=20, ended=21)
+    taken = gate.take(30)
+    assert taken is not None
+    items = [request.item for request in taken[0]]
+    assert "other" in items
+    assert len(items) == 2

@@ -6,7 +6,8 @@
      "ek_roots": [PEM, …],                        the TPM's endorsement certificate must chain to one
      "channel_ca": PEM,                           the channel CA itself is pinned
      "pcrs": {"7": [hex, …]},                     accepted values of PCRs of the SHA-256 bank
-     "reference": [hex, …]}                       accepted digests of reference values
+     "reference": [hex, …],                       accepted digests of reference values
+     "ledger": [key, …]}                          keys that sign checkpoints of the ledger (`notekey`)
 
 All but `format` and `require` may be left out; what is left out is not checked, and what is there must
 hold. A bundle that pins nothing does not parse. One without `aks` cannot verify evidence: an endorsement
@@ -25,6 +26,7 @@ import ssl
 from dataclasses import dataclass
 from typing import Any, Final
 
+from guestlib.attest.notekey import parse_key
 from guestlib.errors import MalformedError
 
 FORMAT: Final = "hostd-trust/1"
@@ -32,7 +34,9 @@ MAX_BUNDLE_BYTES: Final = 1 << 20
 MAX_LIST: Final = 1024
 MAX_PUBLIC_BYTES: Final = 1024
 _DIGEST_BYTES: Final = 32
-_FIELDS: Final = frozenset({"format", "require", "aks", "ek_roots", "channel_ca", "pcrs", "reference"})
+_FIELDS: Final = frozenset(
+    {"format", "require", "aks", "ek_roots", "channel_ca", "pcrs", "reference", "ledger"}
+)
 _COMPONENT: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 
@@ -50,6 +54,7 @@ class TrustBundle:
     channel_ca: bytes | None = None
     pcrs: tuple[tuple[int, frozenset[bytes]], ...] = ()
     reference: frozenset[bytes] = frozenset()
+    ledger: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.require or not all(_COMPONENT.fullmatch(component) for component in self.require):
@@ -86,6 +91,8 @@ def encode_bundle(bundle: TrustBundle) -> bytes:
         fields["pcrs"] = {str(index): sorted(v.hex() for v in values) for index, values in bundle.pcrs}
     if bundle.reference:
         fields["reference"] = sorted(digest.hex() for digest in bundle.reference)
+    if bundle.ledger:
+        fields["ledger"] = list(bundle.ledger)
     return json.dumps(fields, indent=2).encode() + b"\n"
 
 
@@ -110,6 +117,7 @@ def _bundle(fields: Any) -> TrustBundle:
         channel_ca=None if "channel_ca" not in fields else _certificate(channel_ca),
         pcrs=_pcrs(fields["pcrs"]) if "pcrs" in fields else (),
         reference=frozenset(_sha256(text) for text in _strings(fields, "reference")),
+        ledger=tuple(str(parse_key(text)) for text in _strings(fields, "ledger")),
     )
 
 

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import click
-import msgspec
 
 from guestlib.errors import CallerError, HostdError, RefusedDriftError, TransportError, UnavailableError
 from hostd.admin.context import LONG_S, Context, made, uuid
+from hostd.admin.ledger import ledger
 from hostd.admin.manifest import manifest
 from hostd.admin.measure import COLUMNS, explanation, rows
-from hostd.admin.render import drift_lines, ledger_lines, safe
+from hostd.admin.render import drift_lines, safe
 from hostd.config import DEFAULT_PATH, ConfigError
 from hostd.ipc import operating as adm
 
@@ -274,38 +274,7 @@ def drift_clear(context: Context, component: str, reason: str) -> None:
     click.echo(f"{component} cleared")
 
 
-@cli.group()
-def ledger() -> None:
-    """The record of every use and every refusal."""
-
-
-@ledger.command("list")
-@click.option("-n", "--count", type=click.IntRange(1, 1000), default=20, show_default=True)
-@click.option("--start", type=click.IntRange(0), help="First entry; default: the last ones.")
-@click.pass_obj
-def ledger_list(context: Context, count: int, start: int | None) -> None:
-    """Entries of the ledger."""
-    command = adm.ListLedger(start or 0, count, "last" if start is None else "from")
-    found = context.ask(command, adm.LedgerLines)
-    entries = [msgspec.msgpack.decode(raw) for raw in found.entries]
-
-    context.show(
-        {"entries": entries, "size": found.size, "root": found.root},
-        lambda: click.echo("\n".join(ledger_lines(entries))),
-    )
-
-
-@ledger.command("verify")
-@click.pass_obj
-def ledger_verify(context: Context) -> None:
-    """Recompute the tree from the file and compare it with the head in force."""
-    found = context.ask(adm.VerifyLedger(), adm.LedgerVerified, 120.0)
-    context.show(
-        found,
-        lambda: click.echo(found.problem or f"{found.entries} entries agree with the head {found.root}"),
-    )
-    if found.problem:
-        sys.exit(4)
+cli.add_command(ledger)
 
 
 @cli.group()

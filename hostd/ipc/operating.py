@@ -112,13 +112,54 @@ class ClearDrift(Struct, frozen=True, tag="clear-drift"):
 
 
 class ListLedger(Struct, frozen=True, tag="list-ledger"):
+    """Entries as lines: `LedgerPage`, which may hold fewer than asked for."""
+
     start: Count
     count: Annotated[int, msgspec.Meta(ge=1, le=1000)]
     order: Literal["from", "last"] = "from"
 
 
 class VerifyLedger(Struct, frozen=True, tag="verify-ledger"):
-    """Recomputes the tree from the file and compares it with the head in force."""
+    """Compares every line on the disk with what was recorded."""
+
+
+class ProveLedger(Struct, frozen=True, tag="prove-ledger"):
+    """One entry and the proof that it is under the head that was signed last."""
+
+    index: Count
+
+
+class LedgerConsistency(Struct, frozen=True, tag="ledger-consistency"):
+    """The proof that the ledger of `new` entries (0: all) begins with the one of `old` entries."""
+
+    old: Annotated[int, msgspec.Meta(ge=1)]
+    new: Count = 0
+
+
+class LedgerCheckpoint(Struct, frozen=True, tag="ledger-checkpoint"):
+    """The signed note of the head that was signed last."""
+
+
+class ListSegments(Struct, frozen=True, tag="list-segments"):
+    """The closed segments that are here."""
+
+
+class DropSegments(Struct, frozen=True, tag="drop-segments"):
+    """Removes the closed segments before entry `end`: they were archived, as their root shows."""
+
+    end: Annotated[int, msgspec.Meta(ge=1)]
+    root: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+
+
+LedgerCommand = (
+    ListLedger
+    | VerifyLedger
+    | ProveLedger
+    | LedgerConsistency
+    | LedgerCheckpoint
+    | ListSegments
+    | DropSegments
+)
 
 
 class TrustBundle(Struct, frozen=True, tag="trust-bundle"):
@@ -137,8 +178,7 @@ UngatedCommand = (
     | ManifestStatus
     | ListDrift
     | ClearDrift
-    | ListLedger
-    | VerifyLedger
+    | LedgerCommand
     | TrustBundle
 )
 
@@ -314,14 +354,56 @@ class Drift(msgspec.Struct, frozen=True):
     drift: tuple[DriftLine, ...]
 
 
-class LedgerLines(msgspec.Struct, frozen=True):
-    entries: tuple[msgspec.Raw, ...]
+MAX_PAGE_BYTES = 1 << 20
+"""Of lines in one `LedgerPage`; one block more at most."""
+
+
+class LedgerPage(msgspec.Struct, frozen=True):
+    start: int
+    lines: tuple[bytes, ...]
+    first: int
+    """First entry that is not archived."""
     size: int
+    """Durable entries."""
     root: str
+    """Of all of them."""
+
+
+class LedgerProof(msgspec.Struct, frozen=True):
+    index: int
+    line: bytes
+    size: int
+    root: bytes
+    proof: tuple[bytes, ...]
+    checkpoint: bytes
+    """Of `size` and `root`."""
+
+
+class ConsistencyProof(msgspec.Struct, frozen=True):
+    old: int
+    old_root: bytes
+    new: int
+    new_root: bytes
+    proof: tuple[bytes, ...]
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    note: bytes
+    key: str
+    """What verifies it, as signed notes write keys."""
+
+
+class SegmentList(msgspec.Struct, frozen=True):
+    starts: tuple[int, ...]
+    """First entry of each."""
+    end: int
+    """First entry of the open segment."""
 
 
 class LedgerVerified(msgspec.Struct, frozen=True):
+    first: int
+    """First entry that is not archived."""
     entries: int
     root: str
     problem: str
-    """Empty: the file and the head agree."""
+    """Empty: every line is as it was recorded."""

@@ -70,7 +70,7 @@ class CountersEndpoint:
         counters.gauge("hostd_channels", len(vault.broker.channels))
         counters.gauge("hostd_hypervisors", len(gate.hypervisors))
         counters.gauge("hostd_ledger_entries", vault.ledger.size)
-        counters.gauge("hostd_ledger_bytes", vault.ledger.bytes)
+        counters.gauge("hostd_ledger_bytes", vault.ledger.stored_bytes)
         for name in (
             "hostd_component_age_seconds",
             "hostd_component_good",

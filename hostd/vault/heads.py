@@ -2,7 +2,8 @@
 
 After a batch's quote the vault saves (at most once in `SAVE_S`, and when it stops) the tree head and the
 TPM's signature over it. On opening, the head's signature must be this host's AK's, and the ledger must
-still have those entries: whoever edits, drops or reorders entries while hostd is down is found out.
+still lead to it (`hostd.vault.ledger`): whoever edits, drops or reorders entries while hostd is down is
+found out.
 Putting back an older ledger together with its older head is rollback, which this does not see.
 """
 
@@ -18,16 +19,17 @@ from guestlib.attest.binding import pass_qualifying
 from guestlib.attest.quote import attestation_key, verify_quote
 from guestlib.attest.tpm2 import parse_public
 from guestlib.errors import MalformedError, VerificationError
+from hostd.core.entry import LedgerError
 from hostd.core.merkle import EMPTY_ROOT
 from hostd.platform.tpm_files import write_file
-from hostd.vault.ledger import LedgerError
+from hostd.vault.opening import Signed
 from hostd.vault.tpmlink import Quoted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from hostd.platform.tpm import Tpm
-    from hostd.vault.ledger import Ledger
 
 SAVE_S: Final = 1.0
 MAX_HEAD_BYTES: Final = 16 << 10
@@ -63,18 +65,23 @@ def first_head(tpm: Tpm, path: Path, selection: tuple[int, ...]) -> None:
 
 
 class Heads:
-    """Saves heads; `check` is for the start."""
+    """Saves heads; `load` is for the start."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._head: Head | None = None
+        """To be saved."""
+        self.latest: Head | None = None
+        """The head that was signed last, this run or before."""
         self._saved = 0.0
+        self.saved: Callable[[Head], None] = lambda head: None
+        """Told of each head that was saved (the checkpoint is written with it)."""
 
-    def check(self, ledger: Ledger, ak_public: bytes) -> int:
-        """Holds the opened ledger against the saved head; the number of entries it vouches for.
+    def load(self, ak_public: bytes) -> Signed:
+        """The saved head, which the ledger is held against when it opens.
 
         Raises:
-            LedgerError: the head is not this host's, or the ledger is not the one it signs.
+            LedgerError: it does not read, or is not this host's.
         """
         try:
             with self._path.open("rb") as file:
@@ -92,24 +99,16 @@ class Heads:
             )
         except (ValueError, RecursionError, MalformedError, VerificationError) as error:
             raise LedgerError(f"{self._path}: not a head that this host's TPM signed: {error}") from error
-        if ledger.size < head.size:
-            raise LedgerError(
-                f"{ledger.path}: has {ledger.size} entries, the signed head {head.size}: entries are missing"
-            )
-        if ledger.tree.root(head.size) != head.root:
-            raise LedgerError(
-                f"{ledger.path}: its first {head.size} entries are not those that were signed: "
-                "entries were edited, replaced or reordered"
-            )
-        return head.size
+        self.latest = head
+        return Signed(head.size, head.root)
 
-    def note(self, *, size: int, root: bytes, passed: int, evidence_digest: bytes, quoted: Quoted) -> None:
-        """Takes a head that was just quoted; saved when the last save is old enough.
+    def note(self, *, size: int, root: bytes, passed: int, evidence_digest: bytes, quoted: Quoted) -> Head:
+        """Takes a head that was just quoted, and gives it; saved when the last save is old enough.
 
         Raises:
             LedgerError: it could not be saved.
         """
-        self._head = Head(
+        self._head = self.latest = head = Head(
             format="hostd-head/1",
             size=size,
             root=root,
@@ -121,6 +120,7 @@ class Heads:
         )
         if time.monotonic() - self._saved >= SAVE_S:
             self.save()
+        return head
 
     def save(self) -> None:
         """Writes the latest head, whole or not at all."""
@@ -132,3 +132,4 @@ class Heads:
             write_file(self._path, msgspec.json.encode(head))
         except OSError as error:
             raise LedgerError(f"{self._path}: {os.strerror(error.errno or 0)}") from error
+        self.saved(head)

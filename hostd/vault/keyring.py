@@ -127,6 +127,17 @@ class Keyring:
             self._salt_keys[tenant] = key
         return primitives.receipt_salt(key, entry)
 
+    def checkpoint_key(self) -> primitives.CheckpointKey:
+        """The key that signs checkpoints, derived each time (once a second at most).
+
+        Raises:
+            UnavailableError: the keys are locked.
+        """
+        if self._root is None:
+            raise UnavailableError("the keys are locked")
+        with self._root.view() as view:
+            return primitives.derive_checkpoint_key(view, store=self._store.store_id)
+
     def wrap(self, key: KeyRecord, version: int, state: State, generation: int, material: bytes) -> bytes:
         """Wrapped material for one row of the store."""
         return primitives.wrap(self._kek(key.tenant), material, binding(key, version, state, generation))

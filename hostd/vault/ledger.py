@@ -1,177 +1,233 @@
 """The ledger: every use of a key, every refusal and every deed of an officer, append-only.
 
-A file of JSON lines; the entries are the leaves of a Merkle tree (`hostd.core.merkle`), whose head
-the TPM signs with every batch (`guestlib.attest.binding.pass_qualifying`). An entry holds no secret
-and no data of the caller. `append` adds in memory, `sync` makes it durable: no answer leaves between
-the two. A write that fails leaves the ledger closed for good in this process: what is on the disk
-then is known only after reading it again.
+JSON lines in segments (`hostd.platform.segments`); the entries are the leaves of a Merkle tree
+(`hostd.vault.treefile`), whose head the TPM signs with every batch
+(`guestlib.attest.binding.pass_qualifying`). An entry holds no secret and no data of the caller. `append`
+adds in memory, `sync` makes it durable: no answer leaves between the two. A write that fails leaves the
+ledger closed for good in this process: what is on the disk then is known only after reading it again.
 
-On opening, a last line without its newline was never acknowledged (the power went during a write)
-and is cut off; anything else that does not read is refused.
+A segment that is full is closed after a `sync`, and the next begins with a `rotate` entry that carries what
+the next start needs. So opening reads the last segment only, and holds it, with the edge that it begins
+with, against the head that was signed last. A last line without its newline was never acknowledged (the
+power went during a write) and is cut off; anything else that does not read is refused, and left as it is.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from array import array
+import time
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from guestlib.errors import UnavailableError
-from hostd.core.merkle import Tree, leaf_hash
+from guestlib.attest.merkle import leaf_hash
+from hostd.core import ledgercheck
+from hostd.core.entry import MAX_ENTRY_BYTES, ArchivedError, Entry, LedgerError, Rotation
+from hostd.core.merkle import Frontier
+from hostd.platform.segments import Offsets, Segments, chunks, closed_name, number_of, write_all
+from hostd.vault.opening import NOTED, NOTHING_SIGNED, Last, Notes, Reading, Signed, last_segment
+from hostd.vault.treefile import TreeFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
     from pathlib import Path
 
-MAX_ENTRY_BYTES: Final = 32 << 10
-"""`detail` is at most 4000 characters, of which each may take six bytes (`\\u0000`)."""
+    from hostd.platform.segments import Segment
 
+__all__ = ["MAX_ENTRY_BYTES", "NOTHING_SIGNED", "ArchivedError", "Entry", "Ledger", "LedgerError", "Signed"]
 
-class LedgerError(UnavailableError):
-    """The ledger cannot be read or written; nothing is answered without it."""
-
-
-class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One line. Field names are append-only (docs/architecture.md, "Ledger")."""
-
-    seq: int
-    time: int
-    """UTC, milliseconds since 1970."""
-    event: str
-    """`operation`, or what hostd or an officer did: `start`, `unseal`, `drift`, `clear`, …"""
-    outcome: str
-    """`released`, `denied`, `refused-drift`, `withheld`, `failed`; `done` for hostd's own deeds."""
-    v: int = 1
-    passed: int = 0
-    """Number of the pass of readings it rests on; 0 if none."""
-    principal: str = ""
-    tenant: str = ""
-    op: str = ""
-    key: str = ""
-    version: int = 0
-    code: str = ""
-    """Error code of `guestlib.errors` for a refusal."""
-    detail: str = ""
-    """For operators: findings, reasons."""
-    request: bytes = b""
-    """Commitment to the request, 32 bytes (`guestlib.attest.canonical`); empty if there is none."""
-    response: bytes = b""
-    """Commitment to the answer, likewise; a refusal has none."""
-    pass_entry: int = 0
-    """Of an entry of a batch: number of the `pass` entry that the batch begins with."""
-    evidence: bytes = b""
-    """Of `pass`: the evidence digest that the batch's quote signs, 32 bytes."""
-    first_start_ns: int = 0
-    last_end_ns: int = 0
-    """Of `pass`: when its first reading started and its last one ended, the vault's monotonic clock."""
-    readings: tuple[int, ...] = ()
-    """Of `pass`: numbers of its first and last reading."""
-    requests: int = 0
-    """Of `pass`: entries of the batch, which follow at once."""
-    withheld: tuple[tuple[int, int], ...] = ()
-    """Of `withheld`: first and last of each run of entries whose answers never left, ascending."""
-
+SEGMENT_ENTRIES: Final = 1 << 16
+SEGMENT_BYTES: Final = 64 << 20
+"""A segment that has either is closed. With a batch more, it is what opening reads."""
+BLOCK: Final = 256
+"""Lines that `stretch` and `entries` read at once."""
 
 _ENCODER: Final = msgspec.json.Encoder()
 _DECODER: Final = msgspec.json.Decoder(Entry)
-_NOTED: Final = re.compile(rb'"event":"(?:drift|clear|officers|manifest|retire|withheld)"')
-"""Events that the next start needs to know of. (A caller's text cannot look so: its quotes are escaped.)"""
 
 
 class Ledger:
     """The open ledger."""
 
-    def __init__(self, path: Path) -> None:
-        """Opens or creates the file and rebuilds the tree from it.
+    def __init__(
+        self,
+        path: Path,
+        signed: Signed = NOTHING_SIGNED,
+        *,
+        segment_entries: int = SEGMENT_ENTRIES,
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> None:
+        """Opens or creates it. `signed` is the head that the TPM signed last, which the entries must lead to.
 
         Raises:
-            LedgerError: it does not read, or a line is not an entry in its place.
+            LedgerError: it does not read, or is not what was recorded: which entry.
         """
         self.path = path
-        self.tree = Tree()
-        self.open_drift: dict[str, int] = {}
-        """As the file stood when it was opened: component → entry of a drift that no later entry clears."""
-        self.last: dict[str, Entry] = {}
-        """As the file stood when it was opened: `officers`, `manifest`, `retire` → the last such entry."""
-        self.withheld: list[tuple[int, int]] = []
-        """Runs of entries whose answers never left, ascending."""
-        self._starts = array("Q")
-        """Where each line begins in the file, bytes."""
+        self._limits = (segment_entries, segment_bytes)
         self._buffer: list[bytes] = []
-        self._buffered = 0
         self._failed: str | None = None
-        self.bytes = 0
+        self._notes = Notes()
+        self._size_before = 0
+        """Bytes of the closed segments."""
+        self._end = 0
+        """Bytes of the open one, durable."""
+        self._position = 0
+        """The same with what is buffered."""
         try:
-            created = not path.exists()
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-            if created:
-                folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-                os.fsync(folder)
-                os.close(folder)
-            good = self._load()
-            if good != os.fstat(self._fd).st_size:
-                os.ftruncate(self._fd, good)
-                os.fsync(self._fd)
-            os.lseek(self._fd, good, os.SEEK_SET)
-            self.bytes = good
+            self._segments = Segments(path)
+            last = last_segment(self._segments)
+            self._segments.folder.mkdir(mode=0o750, exist_ok=True)
+            self._offsets = Offsets(self._segments.folder)
+            self.tree = TreeFile(self._segments.folder, self._hashes)
+            self._open(last, signed)
         except OSError as error:
-            raise LedgerError(f"{path}: {error.strerror}") from error
+            raise LedgerError(f"{error.filename or path}: {error.strerror}") from error
         self._durable = self.tree.size
+        self.open_drift = {component: entry.seq for component, entry in self._notes.drift.items()}
+        """As it stood when it was opened: component → entry of a drift that no later entry clears."""
+        self.last = dict(self._notes.last)
+        """As it stood when it was opened: event of `opening.LAST` → the last such entry."""
 
-    def _load(self) -> int:
-        end = 0
-        with open(self._fd, "rb", closefd=False) as file:
-            for number, line in enumerate(file):
-                if not line.endswith(b"\n"):
-                    break
-                if len(line) > MAX_ENTRY_BYTES:
-                    raise LedgerError(f"{self.path}: line {number + 1} is too long")
-                body = line[:-1]
-                if b'"seq":%d,' % number not in body[:32]:
-                    raise LedgerError(f"{self.path}: line {number + 1} is not entry {number}")
-                self.tree.append(leaf_hash(body))
-                self._starts.append(end)
-                end += len(line)
-                if _NOTED.search(body):
-                    self._note(number, body)
-        return end
+    # ── Opening ───────────────────────────────────────────────────────────────────────────────────
 
-    def _note(self, number: int, body: bytes) -> None:
-        try:
-            entry = _DECODER.decode(body)
-        except ValueError as error:
-            raise LedgerError(f"{self.path}: line {number + 1} is not an entry") from error
-        if entry.event == "drift":
-            self.open_drift[entry.op] = entry.seq
-        elif entry.event == "clear":
-            self.open_drift.pop(entry.op, None)
-        elif entry.event == "withheld":
-            self.withheld.extend(entry.withheld)
-        else:
-            self.last[entry.event] = entry
+    def _open(self, last: Last, signed: Signed) -> None:
+        self._segments.open_first = last.segment.first
+        if last.closed:
+            self._segments.closed.pop()
+            self._segments.open_path = last.segment.path
+        tree = self.tree
+        tree.begin(last.edge)
+        root = tree.root() if tree.size == signed.size else None
+        reading = Reading(last.segment, closed=last.closed, notes=self._notes)
+        for hashes, offsets in reading if last.segment.path.exists() else ():
+            self._offsets.put(tree.size, offsets)
+            split = signed.size - tree.size
+            if 0 < split <= len(hashes):
+                tree.load(hashes[:split])
+                root = tree.root()
+                tree.load(hashes[split:])
+            else:
+                tree.load(hashes)
+        self._offsets.begin(tree.size)
+        if tree.size < signed.size:
+            raise LedgerError(
+                f"{self.path}: has {tree.size} entries, the signed head {signed.size}: entries are missing"
+            )
+        if (tree.root(signed.size) if root is None else root) != signed.root:
+            raise LedgerError(
+                f"{self.path}: its first {signed.size} entries are not those that were signed: "
+                f"{self._where(last, signed)}"
+            )
+        first = self._segments.first
+        if first and ("archive" not in self._notes.last or int(self._notes.last["archive"].op) < first):
+            raise LedgerError(f"{self.path}: entries 0 to {first - 1} are missing, and were not archived")
+        self._settle_open(last, reading.end)
+
+    def _where(self, last: Last, signed: Signed) -> str:
+        """Which entry is not as it was signed, if the hashes that were kept beside the entries still lead to
+        the signed root."""
+        path, first = last.segment.path, last.segment.first
+        kept = last.edge.copy()
+        for at in range(first, signed.size, BLOCK):
+            for leaf in self.tree.stored(at, min(BLOCK, signed.size - at)):
+                kept.append(leaf)
+        if kept.size == signed.size and kept.root() == signed.root:
+            end = signed.size
+            check = ledgercheck.audit(
+                chunks(path),
+                lambda at, n: self.tree.stored(at, min(n, end - at)),
+                first,
+                lambda: end,
+                number_of,
+            )
+            fault = _found(check)
+            if fault is not None:
+                return f"{path.name} line {fault.at - first + 1}: {fault.what}"
+        return "entries were edited, replaced or reordered"
+
+    def _settle_open(self, last: Last, end: int) -> None:
+        """The entries are those that were recorded: the derived files follow them, and what is torn goes."""
+        tree = self.tree
+        if tree.differs is not None:
+            at = last.segment.first
+            for hashes, _ in Reading(last.segment, closed=last.closed, notes=Notes()):
+                tree.overwrite(at, hashes)
+                at += len(hashes)
+        tree.settle()
+        tree.flush()
+        tree.trim()
+        self._durable = tree.size
+        self._size_before = sum(s.path.stat().st_size for s in self._segments.closed)
+        if last.closed:
+            self._segments.closed.append(last.segment)
+            self._size_before += end
+            self._begin_segment(last.segment.first)
+            return
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        if os.fstat(self._fd).st_size != end:
+            os.ftruncate(self._fd, end)
+            os.fsync(self._fd)
+        _sync_folder(self.path.parent)
+        self._end = self._position = end
+
+    # ── Appending ─────────────────────────────────────────────────────────────────────────────────
 
     @property
     def size(self) -> int:
         """Entries, those not yet durable included."""
         return self.tree.size
 
+    @property
+    def durable(self) -> int:
+        """Entries that are on the disk."""
+        return self._durable
+
+    @property
+    def first(self) -> int:
+        """The first entry that is not archived."""
+        return self._segments.first
+
+    @property
+    def open_first(self) -> int:
+        """First entry of the open segment."""
+        return self._segments.open_first
+
+    @property
+    def drifting(self) -> list[int]:
+        """Entries of drifts that no later entry clears."""
+        return [entry.seq for entry in self._notes.drift.values()]
+
+    @property
+    def closed(self) -> list[Segment]:
+        """Segments that take no more entries."""
+        return list(self._segments.closed)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all segments that are not archived."""
+        return self._size_before + self._end
+
+    @property
+    def withheld(self) -> list[tuple[int, int]]:
+        """Runs of entries whose answers never left, ascending."""
+        return self._notes.withheld
+
     def append(self, entry: Entry) -> None:
         """Adds an entry whose `seq` is `size`; not durable before `sync`."""
         if self._failed:
             raise LedgerError(f"ledger is closed: {self._failed}")
-        if entry.seq != self.size:
-            raise ValueError(f"entry {entry.seq} at place {self.size}")
+        if entry.seq != self.tree.size:
+            raise ValueError(f"entry {entry.seq} at place {self.tree.size}")
         body = _ENCODER.encode(entry)
         if len(body) >= MAX_ENTRY_BYTES:
             raise ValueError("entry is too long")
         self._buffer.append(body + b"\n")
-        self._starts.append(self.bytes + self._buffered)
-        self._buffered += len(body) + 1
+        self._offsets.add(self._position)
+        self._position += len(body) + 1
         self.tree.append(leaf_hash(body))
-        self.withheld.extend(entry.withheld)
+        if entry.event in NOTED:
+            self._notes.note(entry)
 
     def sync(self) -> None:
         """Writes what was appended and waits for the disk.
@@ -183,78 +239,221 @@ class Ledger:
             raise LedgerError(f"ledger is closed: {self._failed}")
         if not self._buffer:
             return
+        self._write()
+        try:
+            self.tree.settle()
+            self._offsets.settle()
+            if self.tree.size - self._segments.open_first >= self._limits[0] or self._end >= self._limits[1]:
+                self._rotate()
+        except OSError as error:
+            # The entries are durable. What is beside them is not, and no more may be built on it.
+            self._failed = error.strerror or str(error)
+
+    def _write(self) -> None:
         data = b"".join(self._buffer)
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._fd, view) :]
+            write_all(self._fd, data, self._end)
             os.fdatasync(self._fd)
         except OSError as error:
             self._failed = error.strerror or str(error)
             self._cut_back()
             raise LedgerError(f"{self.path}: {self._failed}") from error
         self._buffer.clear()
-        self._buffered = 0
         self._durable = self.tree.size
-        self.bytes += len(data)
+        self._end = self._position
 
     def _cut_back(self) -> None:
         """Best effort: takes the unacknowledged tail off the file, so that the next start sees none."""
-        self.tree.truncate(self._durable)
+        self.tree.rollback()
+        self._offsets.rollback()
         self._buffer.clear()
-        self._buffered = 0
-        del self._starts[self._durable :]
+        self._position = self._end
         try:
-            os.ftruncate(self._fd, self.bytes)
+            os.ftruncate(self._fd, self._end)
             os.fsync(self._fd)
         except OSError:
             return
 
-    @property
-    def durable(self) -> int:
-        """Entries that are on the disk."""
-        return self._durable
+    # ── Segments ──────────────────────────────────────────────────────────────────────────────────
 
-    def stretch(self, start: int, count: int) -> list[bytes]:
-        """Durable lines from `start` on, at most `count`, as they are on the disk, without newlines.
+    def _rotate(self) -> None:
+        """Closes the open segment and begins the next. At any moment of it the files open again."""
+        self.tree.flush(durable=True)
+        self._offsets.flush()
+        first = self._segments.open_first
+        target = self._segments.folder / closed_name(first)
+        os.rename(self.path, target)
+        _sync_folder(self._segments.folder)
+        os.close(self._fd)
+        self._segments.closed.append(self._segments.of(first)[0]._replace(path=target))
+        self._size_before += self._end
+        self._begin_segment(first)
+
+    def _begin_segment(self, previous: int) -> None:
+        """Writes `rotate` and what it carries, durable at once."""
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+        self._segments.open_first, self._segments.open_path = self.tree.size, self.path
+        seq = self.tree.size
+        self._end = self._position = 0
+        now = time.time_ns() // 1_000_000
+        carried = self._notes.carry(seq + 1, now, self._segments.first)
+        self._notes.withheld[:] = [run for run in self._notes.withheld if run[1] >= self._segments.first]
+        rotation = Rotation(previous, len(carried), self.tree.edge)
+        for entry in (Entry(seq, now, "rotate", "done", rotation=rotation), *carried):
+            body = _ENCODER.encode(entry)
+            self._buffer.append(body + b"\n")
+            self._offsets.add(self._position)
+            self._position += len(body) + 1
+            self.tree.append(leaf_hash(body))
+        self._write()
+        self.tree.settle()
+        self._offsets.settle()
+        _sync_folder(self.path.parent)
+
+    def drop(self, end: int) -> None:
+        """Removes closed segments, all of whose entries are before `end`; an `archive` entry has said so.
 
         Raises:
-            LedgerError: the file does not read, or is not what was written.
+            LedgerError: they cannot be removed.
+        """
+        starts = [segment.first for segment in self._segments.all()]
+        try:
+            while self._segments.closed and starts[1] <= end:
+                gone = self._segments.closed[0]
+                size = gone.path.stat().st_size
+                gone.path.unlink()
+                del self._segments.closed[0], starts[0]
+                self._size_before -= size
+            _sync_folder(self._segments.folder)
+        except OSError as error:
+            raise LedgerError(f"{error.filename}: {error.strerror}") from error
+
+    # ── Reading ───────────────────────────────────────────────────────────────────────────────────
+
+    def stretch(self, start: int, count: int) -> list[bytes]:
+        """Durable lines from `start` on, at most `count`, without newlines: those that were recorded.
+
+        Raises:
+            LedgerError: the file does not read, or a line is another: which entry.
+            ArchivedError: they begin in a segment that was archived.
         """
         end = min(start + count, self._durable)
-        if not 0 <= start < end:
-            return []
-        begin = self._starts[start]
-        length = (self._starts[end] if end < len(self._starts) else self.bytes) - begin
+        found: list[bytes] = []
+        while 0 <= start < end:
+            segment, following = self._segments.of(start)
+            upto = min(end, start + BLOCK, end if following is None else following)
+            found += self._read(segment, start, upto)
+            start = upto
+        return found
+
+    def _read(self, segment: Segment, start: int, end: int) -> list[bytes]:
+        expected = self.tree.leaves(start, end - start)
+        for attempt in range(2):
+            try:
+                lines = self._lines_at(segment, self._offsets.get(start), end - start)
+            except OSError as error:
+                raise LedgerError(f"{segment.path}: {error.strerror}") from error
+            hashes = [leaf_hash(line) for line in lines]
+            if hashes == expected:
+                return lines
+            if attempt == 0:
+                # The offset is derived: found anew from the entries before anything is held against them.
+                self._index(segment)
+        at = next(
+            (i for i, pair in enumerate(zip(hashes, expected, strict=False)) if pair[0] != pair[1]),
+            len(hashes),
+        )
+        raise LedgerError(
+            f"{self._segments.place(start + at)} is not entry {start + at} as it was recorded "
+            "(`hostctl ledger verify` tells more)"
+        )
+
+    @staticmethod
+    def _lines_at(segment: Segment, offset: int, count: int) -> list[bytes]:
+        with segment.path.open("rb") as file:
+            file.seek(offset)
+            lines = list(islice(iter(lambda: file.readline(MAX_ENTRY_BYTES + 1), b""), count))
+        return [line.removesuffix(b"\n") for line in lines]
+
+    def _index(self, segment: Segment) -> None:
+        number, at = segment.first, 0
         try:
-            data = os.pread(self._fd, length, begin)
+            for lines in chunks(segment.path):
+                offsets = []
+                for line in lines:
+                    offsets.append(at)
+                    at += len(line)
+                self._offsets.put(number, offsets)
+                number += len(lines)
         except OSError as error:
-            raise LedgerError(f"{self.path}: {error.strerror}") from error
-        lines = data.split(b"\n")
-        if len(data) != length or lines.pop() or len(lines) != end - start:
-            raise LedgerError(f"{self.path}: entries {start} to {end - 1} are not what was written")
-        return lines
+            raise LedgerError(f"{self._offsets.path}: {error.strerror}") from error
+
+    def _hashes(self, start: int, end: int) -> Iterator[list[bytes]]:
+        """Leaf hashes of entries as they are on the disk."""
+        for lines in self._segments.lines(start):
+            some = lines[: end - start]
+            yield [leaf_hash(line.removesuffix(b"\n")) for line in some]
+            start += len(some)
+            if start >= end:
+                return
 
     def entries(self, start: int, count: int) -> Iterator[Entry]:
-        """Durable entries from `start` on."""
-        try:
-            with self.path.open("rb") as file:
-                for number, line in enumerate(file):
-                    if number >= min(start + count, self._durable):
-                        return
-                    if number >= start:
-                        yield _DECODER.decode(line)
-        except (OSError, ValueError) as error:
-            raise LedgerError(f"{self.path}: {error}") from error
+        """Durable entries from `start` on. Raises: as `stretch`."""
+        for at in range(start, start + count, BLOCK):
+            lines = self.stretch(at, min(BLOCK, start + count - at))
+            yield from map(_DECODER.decode, lines)
+            if len(lines) < BLOCK:
+                return
 
-    def lines(self) -> Iterator[bytes]:
-        """All durable lines as they are on the disk now, without their newlines."""
-        try:
-            with self.path.open("rb") as file:
-                for line in file:
-                    yield line.removesuffix(b"\n")
-        except OSError as error:
-            raise LedgerError(f"{self.path}: {error.strerror}") from error
+    def audit(self) -> Generator[int, None, ledgercheck.Fault | None]:
+        """Compares every line on the disk with what was recorded; yields how far it has come, and returns the
+        first entry that is not (`ledgercheck.audit`). Entries may be appended meanwhile.
+
+        Raises:
+            LedgerError: the files do not read.
+        """
+        first = self._segments.first
+        lines = self._segments.lines(first)
+        return ledgercheck.audit(lines, self.tree.leaves, first, lambda: self._durable, number_of)
+
+    def place(self, index: int) -> str:
+        """File and line of an entry, for people."""
+        return self._segments.place(index)
+
+    def edge_of(self, size: int) -> Frontier:
+        """Edge of the tree of the first `size` entries. Raises: LedgerError."""
+        nodes, at = [], 0
+        for level in reversed(range(size.bit_length())):
+            if size >> level & 1:
+                nodes.append(self.tree.node(level, at >> level))
+                at += 1 << level
+        return Frontier(size, nodes)
 
     def close(self) -> None:
+        if self._failed is None:
+            try:
+                self.tree.flush()
+                self._offsets.flush()
+            except OSError:
+                pass  # derived: the next start makes them again
         os.close(self._fd)
+        self.tree.close()
+        self._offsets.close()
+
+
+def _found(check: Generator[int, None, ledgercheck.Fault | None]) -> ledgercheck.Fault | None:
+    """Runs an audit to its end."""
+    while True:
+        try:
+            next(check)
+        except StopIteration as end:
+            found: ledgercheck.Fault | None = end.value
+            return found
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -30,6 +30,7 @@ NONCE_BYTES: Final = 12
 SALT_BYTES: Final = 16
 TAG_BYTES: Final = 16
 
+CheckpointKey = ed25519.Ed25519PrivateKey
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
 
 
@@ -55,6 +56,20 @@ def derive_salt_key(root: bytes | memoryview, *, store: bytes, tenant: str) -> b
     its own. It has no generation: receipts outlive rotations."""
     info = b"hostd salt key v1\0" + tenant.encode()
     return HKDF(hashes.SHA256(), KEY_BYTES, salt=store, info=info).derive(root)
+
+
+def derive_checkpoint_key(root: bytes | memoryview, *, store: bytes) -> CheckpointKey:
+    """The key that signs the ledger's checkpoints: an Ed25519 seed derived as `derive_kek`, with a label of
+    its own. It signs nothing else, and the same store and root key always give the same key."""
+    info = b"hostd checkpoint key v1\0"
+    return ed25519.Ed25519PrivateKey.from_private_bytes(
+        HKDF(hashes.SHA256(), KEY_BYTES, salt=store, info=info).derive(root)
+    )
+
+
+def ed25519_public(private: ed25519.Ed25519PrivateKey) -> bytes:
+    """The public key, 32 bytes (RFC 8032)."""
+    return private.public_key().public_bytes_raw()
 
 
 def receipt_salt(key: bytes, entry: int) -> bytes:

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostd.core.merkle import EMPTY_ROOT, Tree, leaf_hash, node_hash
+from guestlib.attest.merkle import leaf_hash, node_hash
+from hostd.core.merkle import EMPTY_ROOT
+from tests.support.merkletree import Tree
 
 LEAVES = [
     bytes.fromhex(h)

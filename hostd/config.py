@@ -113,10 +113,10 @@ class Gate(Section, frozen=True):
     batch: Small = 1024
     """Most requests executed under one pass and one quote."""
     tpm: Literal["quote", "read"] = "quote"
-    """What the TPM says of each batch: a quote of its own, or (where a signature takes long) its PCRs, read in an
-    authenticated session, while a quote over all batches follows every `quote_every_s` (docs/gate.md)."""
+    """What the TPM says of each batch: a quote of its own, or (where a signature takes long) its PCRs, read
+    in an authenticated session, and one quote for all of them every `quote_every_s` (docs/gate.md)."""
     quote_every_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] | None = None
-    """Seconds; only with `tpm = "read"`, where it is 10 if left out. Receipts are complete once it has passed."""
+    """Seconds; only with `tpm = "read"`, where it is 10 if left out. Then receipts are complete."""
     freeze: Literal["never", "on-suspicion", "always"] = "never"
     """Whether a hypervisor process stands still while its `process` and `relro` are read: `always`, or when a
     difference that was seen is read again. Some milliseconds each time (docs/operations.md)."""
@@ -283,7 +283,7 @@ def parse_config(text: bytes, *, origin: str) -> Config:
     if not config.users.admin:
         raise ConfigError(f"{origin}: `$.users.admin` is empty: nobody could clear a drift")
     if config.gate.quote_every_s is not None and config.gate.tpm == "quote":
-        raise ConfigError(f'{origin}: `$.gate.quote_every_s` is for `gate.tpm = "read"`: else each batch has one')
+        raise ConfigError(f'{origin}: `$.gate.quote_every_s` is for `tpm = "read"`: else each batch has one')
     _check_officers(config.officers, origin)
     try:
         _check_drift(config)

@@ -112,7 +112,7 @@ class Attesting:
         """The quote that follows."""
         signing = self._uncovered
         if signing is None or self._ledger.durable < signing.size:
-            # What could not be written is cut off again; a head with it would keep the next vault from starting.
+            # What could not be written is cut off again; the next vault would miss what a head has of it.
             self._uncovered, self._waiting = None, False
             return
         self._tpm.quote(

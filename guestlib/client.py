@@ -15,8 +15,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
+from guestlib.batch import BatchOperations
 from guestlib.errors import HostdError, InvalidSignatureError, TransportError, UnavailableError
 from guestlib.link import Address, Link, Pending
+from guestlib.receipts import ReceiptOperations
 from guestlib.wire import messages
 from guestlib.wire.messages import Result
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from guestlib.trust import Trust
+    from guestlib.wire.session import ReceiptWanted
 
 RESENT: Final = frozenset(
     {
@@ -31,11 +34,12 @@ RESENT: Final = frozenset(
         "CreateKey", "Rotate", "Shred",
         # Change nothing and make nothing new.
         "DescribeKey", "ListKeys", "GetPublicKey", "Decrypt", "Verify", "VerifyMac",
-        "Health", "GetEvidence", "GetEvidenceLog",
+        "DecryptMany", "VerifyMany", "VerifyMacMany",
+        "Health", "GetEvidence", "GetEvidenceLog", "GetReceipt", "GetAuditLog",
     }
 )  # fmt: skip
-"""Not among them: Encrypt, GenerateDataKey, Sign, Mac, GenerateRandom. A second try would be a second
-use of the key in the ledger that the caller never asked for."""
+"""Not among them: Encrypt, GenerateDataKey, Sign, Mac, their batch forms, GenerateRandom. A second try would
+be a second use of the key in the ledger that the caller never asked for."""
 DEFAULT_ADDRESS: Final = "vsock:"
 DEFAULT_TIMEOUT_S: Final = 30.0
 CONNECT_TRIES: Final = 4
@@ -79,11 +83,12 @@ class Handle:
             return self.result()
 
 
-class Client:
+class Client(BatchOperations, ReceiptOperations):
     """A client of the hostd at `address`, believed because of `trust`.
 
     Nothing is sent before the first request. `timeout_s` bounds every request, the connecting
-    included, and is told to the host as the request's deadline.
+    included, and is told to the host as the request's deadline. `receipts`: what of its receipt each result
+    carries; with `full` it also keeps its request and answer, for `guestlib.attest.receipt`.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class Client:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         name: str = "guestlib",
+        receipts: ReceiptWanted = "reference",
     ) -> None:
         if timeout_s <= 0:
             raise ValueError("timeout_s must be positive")
@@ -101,6 +107,7 @@ class Client:
         self._context = trust.context()
         self._timeout_s = timeout_s
         self._name = name[:64]
+        self._receipts: ReceiptWanted = receipts
         self._link: Link | None = None
         self._connecting = threading.Lock()
         self._closed = False
@@ -160,7 +167,13 @@ class Client:
         return link
 
     def _send(
-        self, *, operation: str, args: Mapping[str, Any], receipt: bool, deadline_ms: int, until: float
+        self,
+        *,
+        operation: str,
+        args: Mapping[str, Any],
+        receipt: ReceiptWanted,
+        deadline_ms: int,
+        until: float,
     ) -> Pending:
         link = self._connected(until)
         left = until - time.monotonic()
@@ -172,12 +185,12 @@ class Client:
         operation: str,
         args: Mapping[str, Any] | None = None,
         *,
-        receipt: bool = True,
+        receipt: ReceiptWanted | None = None,
         deadline_ms: int = 0,
     ) -> Handle:
         """Sends one operation of docs/protocol.md and does not wait for the answer.
 
-        `bytes` in `args` are encoded as base64, None is left out.
+        `bytes` in `args` are encoded as base64, None is left out. `receipt`: instead of the client's own.
 
         Raises:
             ValueError: no operation of this version.
@@ -188,7 +201,8 @@ class Client:
             raise ValueError(f"no such operation: {operation!r}")
         until = time.monotonic() + self._timeout_s
         request: dict[str, Any] = {
-            "operation": operation, "args": dict(args or {}), "receipt": receipt, "deadline_ms": deadline_ms
+            "operation": operation, "args": dict(args or {}), "receipt": receipt or self._receipts,
+            "deadline_ms": deadline_ms,
         }  # fmt: skip
         again = request if operation in RESENT else None
         try:
@@ -330,7 +344,7 @@ def _fetch_evidence(link: Link, nonce: bytes, until: float) -> tuple[bytes, byte
         left = until - time.monotonic()
         if left <= 0:
             raise TransportError("no answer in time")
-        pending = link.submit(operation, args, receipt=False, deadline_ms=0, timeout_s=left)
+        pending = link.submit(operation, args, receipt="none", deadline_ms=0, timeout_s=left)
         result = link.wait(pending, left)
         if not isinstance(result, kind):
             raise TransportError("the host's answer has an unexpected shape")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from guestlib.wire.messages import Hello, Result
+    from guestlib.wire.session import ReceiptWanted
 
 HOST_CID: Final = 2
 """VMADDR_CID_HOST: the host, seen from a guest (vsock(7))."""
@@ -139,7 +140,13 @@ class Link:
     # ── Requests ──────────────────────────────────────────────────────────────────────────────────
 
     def submit(
-        self, operation: str, args: Mapping[str, Any], *, receipt: bool, deadline_ms: int, timeout_s: float
+        self,
+        operation: str,
+        args: Mapping[str, Any],
+        *,
+        receipt: ReceiptWanted,
+        deadline_ms: int,
+        timeout_s: float,
     ) -> Pending:
         """Sends a request and does not wait for its answer.
 

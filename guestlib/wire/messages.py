@@ -7,12 +7,11 @@ are ignored, because hosts may only ever add some.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from guestlib.errors import TransportError
+from guestlib.errors import HostdError, TransportError, from_wire
+from guestlib.wire.fields import Fields as _Fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,10 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Where the answer is recorded: the ledger entry, and the pass of readings it rests on."""
+    """Where the answer is recorded: the ledger entry, and the pass of readings it rests on.
+
+    The rest is there if the receipt was asked for in full (`Client.submit`) or redeemed.
+    """
 
     ledger: int
     passed: int
+    document: bytes | None = field(default=None, repr=False)
+    """The receipt itself, for `guestlib.attest.receipt.verify_receipt` (docs/receipts.md)."""
+    request: bytes | None = field(default=None, repr=False)
+    """Canonical bytes of the request as it was sent, and"""
+    answer: bytes | None = field(default=None, repr=False)
+    """of the answer as it came: what the receipt commits to. Only if it was asked for in full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +134,51 @@ class Mac(Result):
 
 
 @dataclass(frozen=True, slots=True)
+class EncryptedMany(Result):
+    ciphertexts: tuple[bytes, ...]
+    """In the order of the items, as in every batch result."""
+    key: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecryptedItem:
+    plaintext: bytes = field(repr=False)
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecryptedMany(Result):
+    items: tuple[DecryptedItem | HostdError, ...]
+    """What each gave, or why it was refused."""
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class SignatureMany(Result):
+    signatures: tuple[bytes, ...]
+    key: str
+    version: int
+    scheme: str
+
+
+@dataclass(frozen=True, slots=True)
+class MacMany(Result):
+    macs: tuple[bytes, ...]
+    key: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationMany(Result):
+    """The host's verdict on each item; nothing is raised for one that is not valid."""
+
+    valid: tuple[bool, ...]
+    key: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Random(Result):
     random: bytes = field(repr=False)
 
@@ -151,88 +204,36 @@ class EvidenceChunk(Result):
 
 
 @dataclass(frozen=True, slots=True)
+class ReceiptDocument(Result):
+    document: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AuditLine:
+    """An entry of the ledger as its line says, with its way to the page's head. Nothing is verified."""
+
+    index: int
+    line: str
+    proof: tuple[bytes, ...]
+    withheld: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AuditPage(Result):
+    """Entries of the caller's tenant, for `guestlib.attest.audit.verify_page`."""
+
+    head: bytes
+    lines: tuple[AuditLine, ...]
+    next: int | None
+    """Give it as `after` to get the next page; None on the last."""
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
     """What the host answered to hello."""
 
     version: int
     limits: dict[str, float]
-
-
-_NONSENSE: Final = "the host's answer has an unexpected shape"
-
-
-class _Fields:
-    """Typed access to a JSON object."""
-
-    __slots__ = ("_object",)
-
-    def __init__(self, value: Any) -> None:
-        if not isinstance(value, dict):
-            raise TransportError(_NONSENSE)
-        self._object: dict[str, Any] = value
-
-    def text(self, name: str) -> str:
-        value = self._object.get(name)
-        if not isinstance(value, str):
-            raise TransportError(_NONSENSE)
-        return value
-
-    def optional_text(self, name: str) -> str | None:
-        return None if self._object.get(name) is None else self.text(name)
-
-    def number(self, name: str) -> int:
-        value = self._object.get(name)
-        if type(value) is not int or value < 0:
-            raise TransportError(_NONSENSE)
-        return value
-
-    def optional_number(self, name: str) -> int | None:
-        return None if self._object.get(name) is None else self.number(name)
-
-    def truth(self, name: str) -> bool:
-        value = self._object.get(name)
-        if not isinstance(value, bool):
-            raise TransportError(_NONSENSE)
-        return value
-
-    def data(self, name: str) -> bytes:
-        try:
-            return base64.b64decode(self.text(name), validate=True)
-        except (binascii.Error, ValueError):
-            raise TransportError(_NONSENSE) from None
-
-    def optional_data(self, name: str) -> bytes | None:
-        return None if self._object.get(name) is None else self.data(name)
-
-    def items(self, name: str) -> list[Any]:
-        value = self._object.get(name)
-        if not isinstance(value, list):
-            raise TransportError(_NONSENSE)
-        return value
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        values = self.items(name)
-        if not all(isinstance(value, str) for value in values):
-            raise TransportError(_NONSENSE)
-        return tuple(values)
-
-    def optional_texts(self, name: str) -> tuple[str, ...]:
-        return () if self._object.get(name) is None else self.texts(name)
-
-    def object(self, name: str) -> _Fields:
-        return _Fields(self._object.get(name))
-
-    def text_map(self, name: str) -> dict[str, str]:
-        value = self._object.get(name)
-        if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-            raise TransportError(_NONSENSE)
-        return dict(value)
-
-    def number_map(self, name: str) -> dict[str, float]:
-        value = self._object.get(name)
-        if not isinstance(value, dict) or not all(type(item) in (int, float) for item in value.values()):
-            raise TransportError(_NONSENSE)
-        return dict(value)
 
 
 def _key(fields: _Fields) -> KeyInfo:
@@ -260,6 +261,21 @@ def _verification(f: _Fields, receipt: Receipt | None) -> Result:
     return Verification(receipt, f.truth("valid"), f.text("key"), f.number("version"))
 
 
+def _decrypted_item(f: _Fields, receipt: Receipt | None) -> DecryptedItem | HostdError:
+    error = f.optional_object("error")
+    if error is None:
+        return DecryptedItem(f.data("plaintext"), f.number("version"))
+    return from_wire(error.text("code"), error.text("message"), None if receipt is None else receipt.ledger)
+
+
+def _verification_many(f: _Fields, receipt: Receipt | None) -> Result:
+    return VerificationMany(receipt, f.truths("valid"), f.text("key"), f.number("version"))
+
+
+def _audit_line(f: _Fields) -> AuditLine:
+    return AuditLine(f.number("index"), f.text("line"), f.datas("proof"), f.optional_truth("withheld"))
+
+
 _PARSERS: Final[dict[str, Callable[[_Fields, Receipt | None], Result]]] = {
     "CreateKey": _key_result,
     "DescribeKey": _key_result,
@@ -282,10 +298,27 @@ _PARSERS: Final[dict[str, Callable[[_Fields, Receipt | None], Result]]] = {
         r, f.data("public_key"), f.text("key"), f.number("version"), f.text("algorithm")
     ),
     "Mac": lambda f, r: Mac(r, f.data("mac"), f.text("key"), f.number("version")),
+    "EncryptMany": lambda f, r: EncryptedMany(r, f.datas("ciphertexts"), f.text("key"), f.number("version")),
+    "DecryptMany": lambda f, r: DecryptedMany(
+        r, tuple(_decrypted_item(_Fields(item), r) for item in f.items("items")), f.text("key")
+    ),
+    "SignMany": lambda f, r: SignatureMany(
+        r, f.datas("signatures"), f.text("key"), f.number("version"), f.text("scheme")
+    ),
+    "MacMany": lambda f, r: MacMany(r, f.datas("macs"), f.text("key"), f.number("version")),
+    "VerifyMany": _verification_many,
+    "VerifyMacMany": _verification_many,
     "GenerateRandom": lambda f, r: Random(r, f.data("random")),
     "Health": lambda f, r: Health(r, f.text("gate"), f.text("reason"), f.text_map("components")),
     "GetEvidence": lambda f, r: Evidence(r, f.data("evidence"), f.number("log_bytes")),
     "GetEvidenceLog": lambda f, r: EvidenceChunk(r, f.data("data")),
+    "GetReceipt": lambda f, r: ReceiptDocument(r, f.data("receipt")),
+    "GetAuditLog": lambda f, r: AuditPage(
+        r,
+        f.data("head"),
+        tuple(_audit_line(_Fields(item)) for item in f.items("entries")),
+        f.optional_number("next"),
+    ),
 }
 OPERATIONS: Final = frozenset(_PARSERS)
 
@@ -303,7 +336,7 @@ def parse_receipt(value: Any) -> Receipt | None:
     if value is None:
         return None
     fields = _Fields(value)
-    return Receipt(fields.number("ledger"), fields.number("pass"))
+    return Receipt(fields.number("ledger"), fields.number("pass"), fields.optional_data("document"))
 
 
 def parse_hello(ok: Any) -> Hello:

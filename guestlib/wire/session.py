@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import base64
 import enum
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
+from guestlib.attest.canonical import canonical, canonical_request
 from guestlib.errors import HostdError, TransportError, from_wire
 from guestlib.wire import codec, messages
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 VERSIONS: Final = (1,)
+ReceiptWanted = Literal["none", "reference", "full"]
 
 
 class Phase(enum.Enum):
@@ -68,7 +68,8 @@ class ClientSession:
         self.hello: messages.Hello | None = None
         self._reader = codec.FrameReader()
         self._next_id = 1
-        self._in_flight: dict[int, str] = {}
+        self._in_flight: dict[int, tuple[str, bytes | None]] = {}
+        """Operation, and the canonical request where the receipt is wanted in full."""
 
     @property
     def in_flight(self) -> int:
@@ -87,7 +88,7 @@ class ClientSession:
         return codec.encode_message({"id": 0, "op": "hello", "args": args})
 
     def send_request(
-        self, operation: str, args: Mapping[str, Any], *, receipt: bool, deadline_ms: int
+        self, operation: str, args: Mapping[str, Any], *, receipt: ReceiptWanted, deadline_ms: int
     ) -> tuple[int, bytes]:
         """A request's id and its frame. `bytes` in `args` become base64, None is left out.
 
@@ -96,14 +97,15 @@ class ClientSession:
             TransportError: the session is not open.
         """
         message: dict[str, Any] = {"id": self._next_id, "op": operation, "args": _encode_args(args)}
-        if not receipt:
-            message["receipt"] = "none"
+        if receipt != "reference":
+            message["receipt"] = receipt
         if deadline_ms:
             message["deadline_ms"] = deadline_ms
         data = codec.encode_message(message)
+        asked = canonical_request(operation, message["args"]) if receipt == "full" else None
         self._move(Event.SEND_REQUEST)
         request_id, self._next_id = self._next_id, self._next_id + 1
-        self._in_flight[request_id] = operation
+        self._in_flight[request_id] = operation, asked
         return request_id, data
 
     def receive(self, data: bytes) -> list[Answer]:
@@ -148,16 +150,23 @@ class ClientSession:
         if type(request_id) is not int or request_id not in self._in_flight:
             raise TransportError("the host answered what was not asked")
         self._move(Event.REQUEST_ANSWERED)
-        operation = self._in_flight.pop(request_id)
+        operation, asked = self._in_flight.pop(request_id)
         if refused:
             return Answer(request_id, error)
         receipt = messages.parse_receipt(message.get("receipt"))
+        if receipt is not None and asked is not None:
+            receipt = replace(receipt, request=asked, answer=canonical(message.get("ok")))
         return Answer(request_id, messages.parse_result(operation, message.get("ok"), receipt))
 
 
 def _encode_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: base64.b64encode(value).decode() if isinstance(value, bytes | bytearray | memoryview) else value
-        for name, value in args.items()
-        if value is not None
-    }
+    return {name: _encode(value) for name, value in args.items() if value is not None}
+
+
+def _encode(value: Any) -> Any:
+    """One argument; the items of a batch are objects with arguments of their own."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return base64.b64encode(value).decode()
+    if isinstance(value, list | tuple):
+        return [_encode_args(item) if isinstance(item, Mapping) else _encode(item) for item in value]
+    return value

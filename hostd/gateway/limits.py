@@ -81,6 +81,7 @@ def published(limits: Limits) -> dict[str, int | float]:
         "aad_pairs": fields.MAX_AAD_PAIRS,
         "key_list": fields.MAX_KEY_LIST,
         "evidence_chunk_bytes": fields.IMA_CHUNK_BYTES,
+        "audit_entries": fields.MAX_AUDIT_ENTRIES,
         "connections": limits.connections,
         "in_flight": limits.in_flight,
         "waiting_bytes": WAITING_BYTES_PER_CONNECTION,

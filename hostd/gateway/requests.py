@@ -17,9 +17,11 @@ import msgspec
 from guestlib.errors import MalformedError
 from guestlib.wire.codec import HEADER, MAX_FRAME_BYTES, MAX_ID
 from hostd.ipc.operations import BY_NAME, Operation
+from hostd.ipc.serving import Receipt
 
 PROTOCOL_VERSIONS: Final = (1,)
 MAX_DEADLINE_MS: Final = 600_000
+ReceiptWanted = Literal["none", "reference", "full"]
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,7 +39,7 @@ class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fals
     id: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
     op: Annotated[str, msgspec.Meta(max_length=64)]
     args: dict[str, Any] = {}
-    receipt: Literal["none", "reference"] = "reference"
+    receipt: ReceiptWanted = "reference"
     deadline_ms: Annotated[int, msgspec.Meta(ge=0, le=MAX_DEADLINE_MS)] = 0
 
 
@@ -47,7 +49,7 @@ class Request:
 
     id: int
     operation: Operation | Hello
-    receipt: bool
+    receipt: ReceiptWanted
     deadline_ms: int
 
 
@@ -102,7 +104,7 @@ def parse_request(body: bytes) -> Request:
         operation = msgspec.convert(args, cls)
     except msgspec.ValidationError as error:
         raise RequestError(request_id, _where(f"the arguments of {envelope.op}", error)) from None
-    return Request(request_id, operation, envelope.receipt == "reference", envelope.deadline_ms)
+    return Request(request_id, operation, envelope.receipt, envelope.deadline_ms)
 
 
 def _where(what: str, error: msgspec.ValidationError) -> str:
@@ -146,18 +148,22 @@ def _strings(value: Any) -> int:
     return 0
 
 
-def encode_answer(request_id: int, result: object, receipt: tuple[int, int] | None) -> bytes:
-    """The frame of a result; `receipt` is (ledger entry, pass)."""
+def encode_answer(request_id: int, result: object, receipt: Receipt | None) -> bytes:
+    """The frame of a result. A receipt's document that does not fit beside it is left out: it can be
+    asked for (GetReceipt)."""
     answer: dict[str, object] = {"id": request_id, "ok": result}
     if receipt is not None:
-        answer["receipt"] = {"ledger": receipt[0], "pass": receipt[1]}
+        named: dict[str, object] = {"ledger": receipt.ledger, "pass": receipt.passed}
+        answer["receipt"] = {**named, "document": receipt.document} if receipt.document else named
     body = _ENCODE(answer)
+    if len(body) > MAX_FRAME_BYTES and receipt is not None and receipt.document:
+        body = _ENCODE({**answer, "receipt": named})
     if len(body) > MAX_FRAME_BYTES:
         return encode_error(request_id, "internal", "the answer does not fit a frame")
     return HEADER.pack(len(body)) + body
 
 
-def encode_result(request_id: int, packed: bytes, receipt: tuple[int, int] | None) -> bytes:
+def encode_result(request_id: int, packed: bytes, receipt: Receipt | None) -> bytes:
     """The frame of a result that the vault sent as a MessagePack map."""
     return encode_answer(request_id, _UNPACK.decode(packed), receipt)
 

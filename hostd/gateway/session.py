@@ -18,7 +18,7 @@ import enum
 from typing import TYPE_CHECKING, Any, Final
 
 from guestlib.errors import MalformedError
-from guestlib.wire.codec import FrameError, FrameReader
+from guestlib.wire.codec import MAX_FRAME_BYTES, FrameError, FrameReader
 from hostd.gateway import requests
 from hostd.gateway.limits import WAITING_BYTES_PER_CONNECTION, published
 from hostd.gateway.requests import Hello, Request, RequestError
@@ -26,10 +26,18 @@ from hostd.gateway.requests import Hello, Request, RequestError
 if TYPE_CHECKING:
     from hostd.gateway.limits import Limits
 
-_ANSWER_BYTES: Final = {"GetEvidence": 256 << 10, "GetEvidenceLog": 132 << 10, "ListKeys": 256 << 10}
+_ANSWER_BYTES: Final = {
+    "GetEvidence": 256 << 10,
+    "GetEvidenceLog": 132 << 10,
+    "ListKeys": 256 << 10,
+    "GetReceipt": 32 << 10,
+    "GetAuditLog": 256 << 10,
+}
 """Room for the answers that are larger than their requests."""
+_RECEIPT_BYTES: Final = 16 << 10
+"""Room for a receipt's document: some 8 KiB."""
 _ANSWER_SLACK: Final = 1024
-"""What any other answer may be longer than its request."""
+"""What any other answer may be longer than its request; a batch's per item, too."""
 
 
 class Phase(enum.Enum):
@@ -99,11 +107,16 @@ class Session:
             elif self.phase is Phase.NEW:
                 self._refuse(request.id, "the first message of a connection is hello")
             else:
-                return request, self._reserve(type(request.operation).__name__, len(body))
+                return request, self._reserve(request, len(body))
         return None
 
-    def _reserve(self, operation: str, size: int) -> int:
-        credit = size + _ANSWER_BYTES.get(operation, size + _ANSWER_SLACK)
+    def _reserve(self, request: Request, size: int) -> int:
+        operation = request.operation
+        items = len(getattr(operation, "items", ()))
+        answer = _ANSWER_BYTES.get(type(operation).__name__, size + (1 + items) * _ANSWER_SLACK)
+        if request.receipt == "full":
+            answer += _RECEIPT_BYTES
+        credit = size + min(answer, MAX_FRAME_BYTES)
         self.in_flight += 1
         self.reserved += credit
         return credit

@@ -47,12 +47,11 @@ _IDLE_SWEEP_S: Final = 5.0
 class _Waiting:
     """A request that the vault has."""
 
-    __slots__ = ("connection", "credit", "id", "receipt")
+    __slots__ = ("connection", "credit", "id")
 
     def __init__(self, connection: Connection, request: Request, credit: int) -> None:
         self.connection = connection
         self.id = request.id
-        self.receipt = request.receipt
         self.credit = credit
 
 
@@ -113,7 +112,7 @@ class Worker:
         self._seq += 1
         self._waiting[self._seq] = _Waiting(connection, request, credit)
         self._reserved += credit
-        self._calls.append(Call(self._seq, operation, request.deadline_ms))
+        self._calls.append(Call(self._seq, operation, request.deadline_ms, request.receipt))
 
     def touched(self, connection: Connection) -> None:
         self._touched[connection] = None
@@ -243,9 +242,7 @@ class Worker:
         if isinstance(record, Fault):
             data = requests.encode_error(waiting.id, record.code, record.message, record.ledger)
         else:
-            receipt = record.receipt if waiting.receipt else None
-            pair = None if receipt is None else (receipt.ledger, receipt.passed)
-            data = requests.encode_result(waiting.id, record.result, pair)
+            data = requests.encode_result(waiting.id, record.result, record.receipt)
         connection.session.answer(waiting.credit, data)
         self._touched[connection] = None
 

@@ -26,7 +26,7 @@ def _fields(cls: type[msgspec.Struct]) -> tuple[tuple[str, Any], ...]:
     for field in msgspec.structs.fields(cls):
         default: Any = _ABSENT if field.default is msgspec.NODEFAULT else field.default
         if field.default_factory is not msgspec.NODEFAULT:
-            default = field.default_factory()  # type: ignore[operator]
+            default = field.default_factory()
         found.append((field.name, default))
     return tuple(found)
 

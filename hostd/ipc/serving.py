@@ -15,7 +15,7 @@ Request tables by phase (everything is off until opened):
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -25,6 +25,8 @@ from hostd.ipc.operations import Operation
 MAX_CALL_BYTES = 256 << 10
 """A worker's record: the largest operation is under 70 KiB; a frame's size, for good."""
 MAX_BIND_BYTES = 4 << 10
+MAX_DOCUMENT_BYTES = 128 << 10
+"""A receipt (`guestlib.attest.receipt`)."""
 Seq = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
@@ -73,6 +75,8 @@ class Call(Struct, frozen=True, tag="call"):
     operation: Operation
     deadline_ms: Annotated[int, msgspec.Meta(ge=0, le=600_000)] = 0
     """0: the configured default."""
+    receipt: Literal["none", "reference", "full"] = "reference"
+    """What of the receipt goes with the answer; the ledger entry is made whatever it says."""
 
 
 class Receipt(Struct, frozen=True):
@@ -80,6 +84,8 @@ class Receipt(Struct, frozen=True):
 
     ledger: Count
     passed: Count
+    document: Annotated[bytes, msgspec.Meta(max_length=MAX_DOCUMENT_BYTES)] = b""
+    """The whole receipt (`guestlib.attest.receipt`), if the caller asked for it; else empty."""
 
 
 class Reply(Struct, frozen=True, tag="reply"):

@@ -14,30 +14,34 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from guestlib.attest.binding import pass_qualifying
 from guestlib.attest.imalog import PCR as IMA_PCR
-from guestlib.errors import CallerError, HostdError, RefusedDriftError, UnavailableError
+from guestlib.errors import HostdError, RefusedDriftError, UnavailableError
 from hostd.core.codes import Code
 from hostd.core.findings import BOOT, FILES, GUESTS, IMA, VM_KINDS, Finding, Kind, Severity, Status
 from hostd.ipc.serving import Receipt
 from hostd.platform.tpm_errors import TpmError
-from hostd.vault.ledger import Entry
+from hostd.vault.attesting import Signing, pcr_findings
+from hostd.vault.recording import Executed, job_of
 from hostd.vault.store import StoreError
+from hostd.vault.tpmlink import Quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hostd.core.findings import Component
+    from hostd.vault.attesting import Attesting
     from hostd.vault.counters import Counters
+    from hostd.vault.done import Done
     from hostd.vault.gate import Gate
-    from hostd.vault.heads import Heads
+    from hostd.vault.heads import Head, Heads
     from hostd.vault.ledger import Ledger
     from hostd.vault.measuring import Measuring
-    from hostd.vault.service import Done
+    from hostd.vault.receipts import Receipts
+    from hostd.vault.recording import Recorder
     from hostd.vault.store import Store
-    from hostd.vault.tpmlink import Quoted, TpmLink
+    from hostd.vault.tpmlink import PcrsRead
     from hostd.vault.waiting import Pass, Waiting
 
 SECOND_LOOK: Final = frozenset({Kind.PROCESS, Kind.RELRO})
@@ -50,35 +54,22 @@ still pending is withheld: a VM that goes away does not hold up the others."""
 
 
 @dataclass(slots=True)
-class Job:
-    """A gated request as the pipeline sees it. `run` executes it (raising the typed refusal)."""
-
-    name: str
-    mutates: bool
-    shreds: bool
-    run: Callable[[int], Done]
-    answer: Callable[[Any, Receipt], None]
-    refuse: Callable[[HostdError], None]
-
-
-@dataclass(slots=True)
-class _Executed:
-    request: Waiting
-    seq: int
-    done: Done | None
-    error: HostdError | None
-
-
-@dataclass(slots=True)
 class _Batch:
-    executed: list[_Executed]
+    executed: list[Executed]
     passed: Pass
     confirm: frozenset[Component]
     began: int
-    quoted: Quoted | None = None
+    quoted: Quoted | PcrsRead | None = None
     quoted_at: int = 0
-    head: tuple[int, bytes, bytes] = (0, b"", b"")
-    """Tree size and root and the evidence digest that the quote is asked to sign."""
+    first: int | None = None
+    """Its `pass` entry; None before it is recorded."""
+    digest: bytes = b""
+    """The evidence digest that the quote is asked to sign,"""
+    size: int = 0
+    root: bytes = b""
+    """and the tree's head."""
+    head: Head | None = None
+    """The same, signed."""
     deadline: float = 0.0
     tries: dict[Component, int] = field(default_factory=dict)
     """Number of the last reading of a component that was pending in the second look."""
@@ -93,9 +84,11 @@ class Batches:
         *,
         gate: Gate,
         measuring: Measuring,
-        tpm: TpmLink,
+        tpm: Attesting,
         ledger: Ledger,
         heads: Heads,
+        recorder: Recorder,
+        receipts: Receipts,
         store: Store,
         counters: Counters,
         evidence_digest: Callable[[Pass], bytes],
@@ -107,6 +100,8 @@ class Batches:
         self._tpm = tpm
         self._ledger = ledger
         self._heads = heads
+        self._recorder = recorder
+        self._receipts = receipts
         self._store = store
         self._counters = counters
         self._evidence_digest = evidence_digest
@@ -135,26 +130,24 @@ class Batches:
         requests, passed = taken
         confirm = frozenset(c for c, _ in passed.readings if c == IMA or c.kind in SECOND_LOOK)
         self._batch = batch = _Batch([], passed, confirm, now)
+        batch.digest = self._evidence_digest(passed)
         wall = time.time_ns() // 1_000_000
-        shredded = False
         try:
             self._store.refresh()
             for request in requests:
-                executed = self._execute(request, wall, passed.number)
-                shredded |= executed.done is not None and _job(request).shreds
-                batch.executed.append(executed)
-        except StoreError as error:
+                batch.executed.append(self._execute(request, wall))
+            batch.first = self._recorder.record(passed, batch.digest, batch.executed, wall)
+        except HostdError as error:
             # The transaction is gone, and with it what the requests before this one did.
             self._not_recorded(batch, requests, error)
             return
-        size, root, digest = self._ledger.size, self._ledger.tree.root(), self._evidence_digest(passed)
-        batch.head = (size, root, digest)
-        qualifying = pass_qualifying(passed.number, digest, size, root)
-        self._tpm.quote(qualifying, lambda result: self._on_quote(batch, result))
+        batch.size, batch.root = self._ledger.size, self._ledger.tree.root()
+        signing = Signing(passed.number, batch.digest, batch.size, batch.root)
+        self._tpm.attest(signing, lambda result: self._on_quote(batch, result))
         try:
             self._ledger.sync()
             self._store.commit()
-            if shredded:
+            if any(one.done is not None and job_of(one.request).shreds for one in batch.executed):
                 self._store.flush()
         except HostdError as error:
             self._not_recorded(batch, requests, error)
@@ -169,11 +162,16 @@ class Batches:
         if self._batch is batch:  # else its quote failed at once, and all were refused then
             self._batch = None
             for request in requests:
-                _job(request).refuse(UnavailableError("the answer could not be recorded"))
+                job_of(request).refuse(UnavailableError("the answer could not be recorded"))
+        if batch.first is None:
+            # They were executed, for nobody: that is recorded too, if anything still can be.
+            wall = time.time_ns() // 1_000_000
+            with suppress(HostdError):
+                batch.first = self._recorder.record(batch.passed, batch.digest, batch.executed, wall)
         self._say_withheld(batch.executed, batch.passed.number, "the answer could not be recorded")
 
-    def _execute(self, request: Waiting, wall: int, number: int) -> _Executed:
-        job = _job(request)
+    def _execute(self, request: Waiting, wall: int) -> Executed:
+        job = job_of(request)
         done: Done | None = None
         failure: HostdError | None = None
         if job.mutates:
@@ -187,59 +185,37 @@ class Batches:
                 self._store.release()
             else:
                 self._store.undo()
-        seq = self._ledger.size
-        self._ledger.append(
-            Entry(
-                seq=seq,
-                time=wall,
-                event="operation",
-                outcome="released" if done else "denied" if _by_caller(failure) else "failed",
-                passed=number,
-                principal=request.caller.principal,
-                tenant=done.tenant if done else "",
-                op=job.name,
-                key=done.key if done else "",
-                version=done.version if done else 0,
-                code=failure.code if failure else "",
-                detail=done.detail if done else "",
-            )
-        )
-        return _Executed(request, seq, done, failure)
+        return Executed(request, done, failure)
+
+    @property
+    def unsettled(self) -> int | None:
+        """The first entry of the batch under way, of whose answers nobody may know; None if there is none."""
+        return None if self._batch is None else self._batch.first
 
     # ── After the quote ───────────────────────────────────────────────────────────────────────────
 
-    def _on_quote(self, batch: _Batch, result: Quoted | TpmError) -> None:
+    def _on_quote(self, batch: _Batch, result: Quoted | PcrsRead | TpmError) -> None:
         if batch is not self._batch:
             return  # abandoned meanwhile; its quote says nothing of the batch that came after
         if isinstance(result, TpmError):
             self._withhold(batch, UnavailableError("the TPM did not quote"), str(result))
             return
-        size, root, digest = batch.head
-        try:
-            self._heads.note(
-                size=size, root=root, passed=batch.passed.number, evidence_digest=digest, quoted=result
-            )
-        except HostdError as error:
-            self._shut(error.message)
+        if isinstance(result, Quoted):
+            try:
+                batch.head = self._heads.note(
+                    size=batch.size,
+                    root=batch.root,
+                    passed=batch.passed.number,
+                    evidence_digest=batch.digest,
+                    quoted=result,
+                )
+            except HostdError as error:
+                self._shut(error.message)
         batch.quoted = result
         batch.quoted_at = time.monotonic_ns()
         batch.deadline = time.monotonic() + CONFIRM_S
-        differing = self._tpm.differing(result.pcrs)
-        if differing:
-            self._found(
-                BOOT,
-                tuple(
-                    Finding(
-                        component=str(BOOT),
-                        code=Code.PCR_CHANGED.value,
-                        severity=Severity.CRITICAL,
-                        subject=f"PCR {pcr}",
-                        expected=expected.hex(),
-                        seen=seen.hex(),
-                    )
-                    for pcr, expected, seen in differing
-                ),
-            )
+        if differing := self._tpm.differing(result.pcrs):
+            self._found(BOOT, pcr_findings(differing))
         self.confirm()
 
     def confirm(self) -> None:
@@ -293,7 +269,7 @@ class Batches:
         read = ima is not None and ima.status is Status.VERIFIED and ima.started >= batch.quoted_at
         if read and not self._replays(batch):
             self._found(IMA, (self._log_mismatch(batch),))
-        withheld: list[_Executed] = []
+        withheld: list[Executed] = []
         for executed in batch.executed:
             caller = executed.request.caller
             needs = self._gate.needs(caller) & batch.confirm
@@ -305,7 +281,7 @@ class Batches:
             )
             open_ = self._gate.latched_for(caller) is None and self._gate.shut is None
             if confirmed and open_ and self._gate.bound(caller):
-                self._release(executed, batch.passed.number)
+                self._release(executed, batch)
             else:
                 withheld.append(executed)
         if withheld:
@@ -315,7 +291,7 @@ class Batches:
             for executed in withheld:
                 latched = self._gate.latched_for(executed.request.caller)
                 error = gone if latched is None else drifted
-                _job(executed.request).refuse(error)
+                job_of(executed.request).refuse(error)
         self._counters.observe("hostd_batch_seconds", (time.monotonic_ns() - batch.began) / 1e9)
 
     def _replays(self, batch: _Batch) -> bool:
@@ -340,10 +316,15 @@ class Batches:
             seen="another log",
         )
 
-    def _release(self, executed: _Executed, number: int) -> None:
-        job = _job(executed.request)
+    def _release(self, executed: Executed, batch: _Batch) -> None:
+        job = job_of(executed.request)
         if executed.done is not None:
-            job.answer(executed.done.result, Receipt(ledger=executed.seq, passed=number))
+            document = b""
+            if job.full and batch.head is not None:
+                # The answer is good without; the caller has the reference.
+                with suppress(HostdError):
+                    document = self._receipts.document(executed.seq, batch.head)
+            job.answer(executed.done.result, Receipt(executed.seq, batch.passed.number, document))
             self._counters.count("hostd_requests_total", op=job.name, outcome="released")
         else:
             assert executed.error is not None
@@ -355,22 +336,12 @@ class Batches:
         self._batch = None
         self._say_withheld(batch.executed, batch.passed.number, why)
         for executed in batch.executed:
-            _job(executed.request).refuse(error)
+            job_of(executed.request).refuse(error)
 
-    def _say_withheld(self, executed: list[_Executed], number: int, why: str) -> None:
+    def _say_withheld(self, executed: list[Executed], number: int, why: str) -> None:
         self._counters.count("hostd_withheld_total", by=len(executed))
         try:
-            self._ledger.append(
-                Entry(
-                    seq=self._ledger.size,
-                    time=time.time_ns() // 1_000_000,
-                    event="withheld",
-                    outcome="withheld",
-                    passed=number,
-                    detail=f"{why}: {len(executed)} answers, entries {_ranges(executed)}"[:4000],
-                )
-            )
-            self._ledger.sync()
+            self._recorder.withheld(executed, number, why)
         except HostdError as error:
             self._shut(error.message)
 
@@ -378,23 +349,3 @@ class Batches:
         """The measurer or the keys are gone: nothing of the batch under way leaves."""
         if self._batch is not None:
             self._withhold(self._batch, UnavailableError("the measurement could not be confirmed"), why)
-
-
-def _ranges(executed: list[_Executed]) -> str:
-    """Entries as `3-7, 9`: those of a batch follow each other."""
-    runs: list[list[int]] = []
-    for one in executed:
-        if runs and one.seq == runs[-1][1] + 1:
-            runs[-1][1] = one.seq
-        else:
-            runs.append([one.seq, one.seq])
-    return ", ".join(f"{first}-{last}" if first != last else str(first) for first, last in runs)
-
-
-def _job(request: Waiting) -> Job:
-    assert isinstance(request.item, Job)
-    return request.item
-
-
-def _by_caller(error: HostdError | None) -> bool:
-    return isinstance(error, CallerError)

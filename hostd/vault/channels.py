@@ -106,11 +106,12 @@ class WorkerChannel:
         if not self.closed:
             self._out.append(serving.Reply(seq, body, receipt))
 
-    def refuse(self, seq: int, error: HostdError) -> None:
-        """Queues a refusal. Why the host cannot answer is for its operators: a guest gets the code."""
+    def refuse(self, seq: int, error: HostdError, *, named: bool = True) -> None:
+        """Queues a refusal. Why the host cannot answer is for its operators: a guest gets the code, and the
+        ledger entry if it is to be `named`."""
         message = "the host cannot answer now" if isinstance(error, UnavailableError) else error.message
         if not self.closed:
-            self._out.append(serving.Fault(seq, error.code, message[:512], error.ledger))
+            self._out.append(serving.Fault(seq, error.code, message[:512], error.ledger if named else None))
 
     def flush(self) -> None:
         """One send for all that was answered since the last."""

@@ -16,17 +16,17 @@ from guestlib.attest.bundle import TrustBundle, encode_bundle
 from guestlib.errors import HostdError, NotFoundError, UnavailableError
 from hostd.core.callers import Caller, host_principal, vm_principal
 from hostd.core.findings import Component, Kind, process_of
-from hostd.core.merkle import Tree, leaf_hash
 from hostd.ipc import operating as adm
 from hostd.ipc.channel import Channel, ChannelError
 from hostd.ipc.connect import accept, listen
 from hostd.ipc.serving import Fault, Receipt, Reply
 from hostd.vault import manifests, standing
 from hostd.vault.baseline import Capture
-from hostd.vault.batches import Job
+from hostd.vault.done import Done
 from hostd.vault.explain import explain, finding_lines
 from hostd.vault.gate import ALWAYS
-from hostd.vault.service import Done
+from hostd.vault.ledgerdesk import LedgerDesk
+from hostd.vault.recording import Job
 from hostd.vault.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class Operators:
         # Mode 0666: the uid that the kernel gives decides, and it is checked before a byte is read.
         self._listener = listen(path, mode=0o666)
         loop.watch(self._listener, self._on_accept)
+        self._desk = LedgerDesk(vault.ledger, vault.heads, vault.checkpoints, loop, vault.record)
+        self._desk.sweep(lambda reason: vault.set_shut("ledger", reason))
         self._immediate: dict[type, Callable[[_Connection, int, Any], None]] = {
             adm.ListTenants: self._list_tenants,
             adm.ListVms: self._list_vms,
@@ -75,8 +77,7 @@ class Operators:
             adm.ManifestStatus: self._manifest_status,
             adm.ListDrift: self._list_drift,
             adm.ClearDrift: self._clear_drift,
-            adm.ListLedger: self._list_ledger,
-            adm.VerifyLedger: self._verify_ledger,
+            **dict.fromkeys(LedgerDesk.COMMANDS, self._on_ledger),
             adm.TrustBundle: self._trust_bundle,
         }
         self._gated: dict[type, Callable[[Any, int], Done]] = {
@@ -308,32 +309,12 @@ class Operators:
             raise NotFoundError(f"{component} has not drifted")
         self._answer(connection, seq, adm.Nothing())
 
-    def _list_ledger(self, connection: _Connection, seq: int, command: adm.ListLedger) -> None:
-        ledger = self._vault.ledger
-        start = max(0, ledger.size - command.count) if command.order == "last" else command.start
-        entries = tuple(
-            msgspec.Raw(msgspec.msgpack.encode(entry)) for entry in ledger.entries(start, command.count)
+    def _on_ledger(self, connection: _Connection, seq: int, command: adm.LedgerCommand) -> None:
+        self._desk.answer(
+            command,
+            connection.officer.principal,
+            lambda result: self._answer(connection, seq, result),
         )
-        self._answer(connection, seq, adm.LedgerLines(entries, ledger.size, ledger.tree.root().hex()))
-
-    def _verify_ledger(self, connection: _Connection, seq: int, _command: adm.VerifyLedger) -> None:
-        ledger = self._vault.ledger
-        tree = Tree()
-        problem = ""
-        for line in ledger.lines():
-            tree.append(leaf_hash(line))
-        if tree.size != ledger.size:
-            problem = f"the file has {tree.size} entries, the head in force {ledger.size}"
-        elif tree.root() != ledger.tree.root():
-            problem = (
-                f"the file's root is {tree.root().hex()}, the head in force has {ledger.tree.root().hex()}"
-            )
-            differing = next(
-                (i for i, line in enumerate(ledger.lines()) if leaf_hash(line) != ledger.tree.leaf(i)), None
-            )
-            if differing is not None:
-                problem += f"; entry {differing} differs first"
-        self._answer(connection, seq, adm.LedgerVerified(tree.size, tree.root().hex(), problem))
 
     def _trust_bundle(self, connection: _Connection, seq: int, _command: adm.TrustBundle) -> None:
         vault, custody = self._vault, self._vault.custody
@@ -345,6 +326,7 @@ class Operators:
             channel_ca=custody.channel_ca.certificate_der,
             pcrs=tuple((i, frozenset({v})) for i, v in sorted(vault.tpm.sealed_to.items())),
             reference=frozenset({custody.reference_digest}),
+            ledger=(str(vault.checkpoints.key()),),
         )
         document = encode_bundle(bundle)
         self._answer(connection, seq, adm.Document(document, ""))

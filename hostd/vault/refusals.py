@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from guestlib.errors import CallerError, HostdError, RefusedDriftError
 from hostd.vault.ledger import Entry
+from hostd.vault.recording import job_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,10 +69,8 @@ class Refusals:
 
     def refuse_waiting(self, request: Waiting, error: HostdError) -> None:
         """Queues the refusal of a request that waited in the gate."""
-        from hostd.vault.batches import Job
-
-        assert isinstance(request.item, Job)
-        self.refuse(request.caller.principal, request.item.name, error, request.item.refuse)
+        job = job_of(request)
+        self.refuse(request.caller.principal, job.name, error, job.refuse)
 
     def _entry(self, principal: str, op: str, error: HostdError, passed: int, detail: str) -> Entry:
         outcome = (

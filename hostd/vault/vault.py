@@ -18,8 +18,11 @@ from guestlib.errors import DeniedError, HostdError
 from hostd.core.findings import GUESTS, Component, Finding, Kind, Severity, Status, Verdict
 from hostd.core.readings import GuestsReading, Reading
 from hostd.ipc import operations as ops
-from hostd.vault.batches import Batches, Job
+from hostd.vault.allowance import Allowance
+from hostd.vault.attesting import Attesting
+from hostd.vault.batches import Batches
 from hostd.vault.channels import BrokerLink, WorkerChannel
+from hostd.vault.checkpoints import Checkpoints
 from hostd.vault.counters import Counters
 from hostd.vault.custody import Custody
 from hostd.vault.drift import Drift
@@ -31,6 +34,8 @@ from hostd.vault.ledger import Entry, Ledger
 from hostd.vault.measuring import Measuring
 from hostd.vault.membership import Membership
 from hostd.vault.mint import Mint
+from hostd.vault.receipts import Receipts
+from hostd.vault.recording import Job, Recorder
 from hostd.vault.refusals import WINDOW_S, Refusals
 from hostd.vault.ring import PENDING_PAUSE_NS, draw
 from hostd.vault.service import Service
@@ -63,11 +68,17 @@ class Vault:
         self.loop = loop
         self.counters = Counters()
         self.store = Store(config.state / "store.sqlite")
-        self.ledger = Ledger(config.state / "ledger.jsonl")
         self.tpm = TpmLink(config, loop, self.counters)
         self.heads = Heads(config.state / "head.json")
-        self.heads.check(self.ledger, self.tpm.record.ak_public)
+        self.ledger = Ledger(config.state / "ledger.jsonl", self.heads.load(self.tpm.record.ak_public))
         self.keyring = Keyring(self.store)
+        self.checkpoints = Checkpoints(
+            config.state / "checkpoint",
+            self.keyring,
+            store_id=self.store.store_id,
+            ak_public=self.tpm.record.ak_public,
+        )
+        self.heads.saved = self.checkpoints.save
         self.mint = Mint(loop)
         self.membership = Membership(self.store, self.keyring)
         self.service = Service(self.store, self.keyring, self.mint, self.membership)
@@ -122,12 +133,26 @@ class Vault:
             new_appraiser=self.custody.new_appraiser,
             listener=self,
         )
+        self.receipts = Receipts(
+            ledger=self.ledger,
+            heads=self.heads,
+            keyring=self.keyring,
+            membership=self.membership,
+            gate=self.gate,
+            allowance=Allowance(),
+            unsettled=self._unsettled,
+        )
+        attesting = Attesting(
+            self.tpm, loop, self.heads, self.ledger, config.gate, found=self.found, shut=self._ledger_failed
+        )
         self.batches = Batches(
             gate=self.gate,
             measuring=self.measuring,
-            tpm=self.tpm,
+            tpm=attesting,
             ledger=self.ledger,
             heads=self.heads,
+            recorder=Recorder(self.ledger, self.keyring, self.membership),
+            receipts=self.receipts,
             store=self.store,
             counters=self.counters,
             evidence_digest=self._evidence_digest,
@@ -140,6 +165,7 @@ class Vault:
             custody=self.custody,
             ledger=self.ledger,
             tpm=self.tpm,
+            receipts=self.receipts,
             wait_s=OBSERVE_SHARE * config.gate.deadline_s,
             kick=self.kick,
         )
@@ -195,6 +221,9 @@ class Vault:
 
     def _apply_shut(self) -> None:
         self.gate.shut = next(iter(self.shut_reasons.values()), None)
+
+    def _unsettled(self) -> int | None:
+        return self.batches.unsettled
 
     def _evidence_digest(self, passed: Pass) -> bytes:
         return pass_digest(passed, self.custody.reference_digest, self.custody.channel_ca_digest)
@@ -303,8 +332,10 @@ class Vault:
         deadline_s = (call.deadline_ms / 1000) or self.config.gate.deadline_s
         deadline = arrived + int(min(deadline_s, self.config.gate.deadline_s) * 1e9)
 
+        told = call.receipt != "none"
+
         def refuse(error: HostdError) -> None:
-            channel.refuse(seq, error)
+            channel.refuse(seq, error, named=told)
 
         if isinstance(operation, UNGATED):
             self.witness.on_call(channel, seq, operation, arrived)
@@ -314,20 +345,22 @@ class Vault:
             mutates=isinstance(operation, MUTATING),
             shreds=isinstance(operation, ops.Shred),
             run=lambda now: self.service.execute(channel.caller, operation, now),
-            answer=lambda result, receipt: channel.answer(seq, result, receipt),
+            answer=lambda result, receipt: channel.answer(seq, result, receipt if told else None),
             refuse=refuse,
+            operation=operation,
+            full=call.receipt == "full",
         )
         if self.gate.shut is None and self.store.binding(channel.caller.principal) is None:
             # Here, and not only when it executes: a caller who is nobody's must not cost an entry each time.
             stranger = DeniedError("this caller belongs to no tenant")
             self.refusals.refuse(channel.caller.principal, name, stranger, refuse)
             return
-        self.submit(channel.caller, job, arrived, deadline)
+        self.submit(channel.caller, job, arrived, deadline, self.service.cost(channel.caller, operation))
 
-    def submit(self, caller: Caller, job: Job, arrived: int, deadline: int) -> None:
+    def submit(self, caller: Caller, job: Job, arrived: int, deadline: int, cost: int = 1) -> None:
         """Puts a gated request before the gate."""
         try:
-            self.gate.arrive(Waiting(caller, arrived, deadline, job))
+            self.gate.arrive(Waiting(caller, arrived, deadline, job, cost))
         except HostdError as error:
             self.refusals.refuse(caller.principal, job.name, error, job.refuse)
 

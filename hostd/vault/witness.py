@@ -1,6 +1,8 @@
-"""Health and evidence: what must work while the gate is closed, to say why.
+"""The operations that pass no gate.
 
-They touch no key. They wait a little for fresh readings, good or bad, and then say how it stands.
+Health and evidence must work while it is closed, to say why: they touch no key, wait a little for fresh
+readings, good or bad, and then say how it stands. Receipts and the audit log speak of what was measured
+when it happened.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from guestlib.attest.binding import evidence_qualifying
 from guestlib.attest.evidence import Evidence, QuotedBytes, encode_evidence, encode_statement
 from guestlib.errors import HostdError, OverloadedError, RefusedDriftError, UnavailableError
 from hostd.ipc import operations as ops
+from hostd.ipc.fields import IMA_CHUNK_BYTES
 from hostd.platform.tpm_errors import TpmError
 from hostd.platform.tpm_worker import Priority
 from hostd.vault.channelca import utc_now
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from hostd.vault.custody import Custody
     from hostd.vault.ledger import Ledger
     from hostd.vault.measuring import Measuring
+    from hostd.vault.receipts import Receipts
     from hostd.vault.tpmlink import Quoted, TpmLink
 
 OBSERVE_SHARE: Final = 0.5
@@ -32,7 +36,7 @@ OBSERVE_SHARE: Final = 0.5
 it is first seen, which takes a second or so.)"""
 MAX_QUOTING: Final = 32
 """Evidence documents for which the TPM is being asked."""
-UNGATED: Final = (ops.Health, ops.GetEvidence, ops.GetEvidenceLog)
+UNGATED: Final = (ops.Health, ops.GetEvidence, ops.GetEvidenceLog, ops.GetReceipt, ops.GetAuditLog)
 
 
 class Witness:
@@ -46,6 +50,7 @@ class Witness:
         custody: Custody,
         ledger: Ledger,
         tpm: TpmLink,
+        receipts: Receipts,
         wait_s: float,
         kick: Callable[[], None],
     ) -> None:
@@ -54,6 +59,7 @@ class Witness:
         self._custody = custody
         self._ledger = ledger
         self._tpm = tpm
+        self._receipts = receipts
         self._wait_ns = int(wait_s * 1e9)
         self._kick = kick
         self._quoting = 0
@@ -66,8 +72,13 @@ class Witness:
             match operation:
                 case ops.GetEvidenceLog():
                     log = self._measuring.ima_log
-                    data = bytes(log[operation.offset : operation.offset + ops.IMA_CHUNK_BYTES])
+                    data = bytes(log[operation.offset : operation.offset + IMA_CHUNK_BYTES])
                     channel.answer(seq, ops.EvidenceLogResult(data=data), None)
+                case ops.GetReceipt():
+                    found = self._receipts.redeem(channel.caller, operation.ledger, arrived)
+                    channel.answer(seq, found, None)
+                case ops.GetAuditLog():
+                    channel.answer(seq, self._receipts.audit(channel.caller, operation, arrived), None)
                 case ops.Health():
                     self._observe(channel, arrived, lambda: self._health(channel, seq, arrived))
                 case ops.GetEvidence():

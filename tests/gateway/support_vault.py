@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from hostd.ipc import many_operations as many
 from hostd.ipc import operations as ops
 from hostd.ipc.channel import Channel, ChannelError
 from hostd.ipc.loop import Loop
@@ -132,6 +133,24 @@ def echo(operation: object) -> Answer:
             return ops.MacResult(b"M:" + operation.message[:8], operation.key, 1)
         case ops.VerifyMac():
             return ops.VerifyResult(operation.mac == b"M:" + operation.message[:8], operation.key, 1)
+        case many.EncryptMany():
+            sealed = tuple(b"CT" + item.plaintext[::-1] for item in operation.items)
+            return many.EncryptManyResult(sealed, operation.key, 1)
+        case many.DecryptMany():
+            return many.DecryptManyResult(tuple(map(opened, operation.items)), operation.key)
+        case many.SignMany():
+            made = tuple(b"S:" + item.message[:8] for item in operation.items)
+            return many.SignManyResult(made, operation.key, 1, operation.scheme or "ed25519")
+        case many.VerifyMany():
+            valid = tuple(item.signature == b"S:" + item.message[:8] for item in operation.items)
+            return many.VerifyManyResult(valid, operation.key, 1)
+        case many.MacMany():
+            return many.MacManyResult(
+                tuple(b"M:" + item.message[:8] for item in operation.items), operation.key, 1
+            )
+        case many.VerifyMacMany():
+            valid = tuple(item.mac == b"M:" + item.message[:8] for item in operation.items)
+            return many.VerifyManyResult(valid, operation.key, 1)
         case ops.GetPublicKey():
             return ops.PublicKeyResult(b"DER", operation.key, operation.version or 1, "Ed25519")
         case ops.Health():
@@ -140,7 +159,21 @@ def echo(operation: object) -> Answer:
             return ops.EvidenceResult(b'{"nonce":"' + operation.nonce.hex().encode() + b'"}', 5)
         case ops.GetEvidenceLog():
             return ops.EvidenceLogResult(b"12345"[operation.offset :])
+        case ops.GetReceipt():
+            return ops.ReceiptResult(b'{"format":"hostd-receipt/1"}')
+        case ops.GetAuditLog():
+            after = -1 if operation.after is None else operation.after
+            entries = tuple(
+                ops.AuditEntry(n, "{}", (b"p" * 32,), n == 2) for n in range(after + 1, after + 3)
+            )
+            return ops.AuditLogResult(b"{}", entries, after + 2 if after < 3 else None)
     return Fault(0, "internal", "the simulator does not know that")
+
+
+def opened(item: many.DecryptItem) -> many.DecryptedItem:
+    if not item.ciphertext.startswith(b"CT"):
+        return many.DecryptedItem(error=many.ItemError("invalid_ciphertext", "not a ciphertext"))
+    return many.DecryptedItem(item.ciphertext[:1:-1], 1)
 
 
 def key_info(key: str, alias: str | None = None) -> ops.KeyInfo:
@@ -168,6 +201,8 @@ class SimulatedVault:
         """Never answers `Bind`."""
         self.shuffle = False
         """Answers each batch of calls in reverse order."""
+        self.document = b'{"format":"hostd-receipt/1"}'
+        """Given with every answer whose receipt is wanted in full."""
         self.binds: list[Bind] = []
         self.calls = 0
         self.held: list[tuple[Channel[FromWorker], Call]] = []
@@ -269,7 +304,9 @@ class SimulatedVault:
                 elif isinstance(answer, Fault):
                     replies.append(Fault(record.seq, answer.code, answer.message, answer.ledger))
                 else:
-                    receipt = Receipt(self.calls, 3)
+                    named = record.receipt != "none"
+                    document = self.document if record.receipt == "full" else b""
+                    receipt = Receipt(self.calls, 3, document) if named else None
                     replies.append(Reply(record.seq, msgspec.msgpack.encode(answer), receipt))
             if self.shuffle:
                 replies.reverse()

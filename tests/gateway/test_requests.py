@@ -26,7 +26,7 @@ def test_a_request() -> None:
     request = parse_request(text())
     assert request.id == 7
     assert request.operation == ops.Encrypt("alias/a", b"hi", {"env": "prod"})
-    assert request.receipt
+    assert request.receipt == "reference"
     assert request.deadline_ms == 0
 
 
@@ -54,7 +54,7 @@ def test_every_operation_refuses_an_op_inside_its_arguments(name: str) -> None:
         text(extra=1),
         text(args=[]),
         text(args=None),
-        text(receipt="full"),
+        text(receipt="whole"),
         text(receipt=None),
         text(deadline_ms=-1),
         text(deadline_ms=600_001),

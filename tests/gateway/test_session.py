@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 
-from guestlib.wire.codec import frame
+from guestlib.wire.codec import MAX_FRAME_BYTES, frame
 from hostd.config import Gateway
 from hostd.gateway.limits import WAITING_BYTES_PER_CONNECTION, limits_of
 from hostd.gateway.session import Session
@@ -44,6 +44,25 @@ def test_bytes_in_flight_are_bounded_and_given_back() -> None:
     session.output()
     session.unread = 0
     assert session.take() is not None
+
+
+def test_a_batch_holds_room_for_the_answer_of_each_item() -> None:
+    """256 signatures of RSA-3072 answer a request of some KiB."""
+    session = opened()
+    item = {"message": ""}
+    body = {"id": 1, "op": "SignMany", "args": {"key": "k", "items": [item] * 100}}
+    session.feed(frame(json.dumps(body).encode()) * 60)
+    held = []
+    while (taken := session.take()) is not None:
+        held.append(taken[1])
+    assert min(held) > 100 * 520
+    assert len(held) < 45
+    body["args"] = {"key": "k", "items": [item] * 256}
+    session = opened()
+    session.feed(frame(json.dumps(body).encode()))
+    taken = session.take()
+    assert taken is not None
+    assert taken[1] < 2 * MAX_FRAME_BYTES
 
 
 def test_small_requests_with_large_answers_are_bounded() -> None:

@@ -17,6 +17,7 @@ import pytest
 from guestlib.client import RESENT, Client
 from guestlib.errors import (
     HostdError,
+    InvalidCiphertextError,
     InvalidSignatureError,
     MalformedError,
     NotFoundError,
@@ -25,7 +26,8 @@ from guestlib.errors import (
 )
 from guestlib.link import Address
 from guestlib.trust import Trust
-from guestlib.wire.messages import OPERATIONS
+from guestlib.wire.messages import OPERATIONS, DecryptedItem
+from hostd.ipc.many_operations import VerifyManyResult
 from hostd.ipc.operations import BY_NAME
 from tests.gateway.conftest import GatewayProcess
 from tests.gateway.support_vault import ChannelCa, SimulatedVault, wait_for
@@ -47,7 +49,8 @@ def test_every_operation_is_known() -> None:
     assert RESENT < OPERATIONS
     takes_token = {name for name, cls in BY_NAME.items() if "token" in cls.__struct_fields__}
     assert takes_token < RESENT
-    assert not RESENT & {"Encrypt", "GenerateDataKey", "Sign", "Mac", "GenerateRandom"}
+    again = {"Encrypt", "GenerateDataKey", "Sign", "Mac", "GenerateRandom"}
+    assert not RESENT & (again | {"EncryptMany", "SignMany", "MacMany"})
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,44 @@ def test_an_invalid_signature_raises(client: Client) -> None:
     with pytest.raises(InvalidSignatureError) as caught:
         client.verify_mac("k", b"message", mac + b"x")
     assert caught.value.ledger is not None
+
+
+def test_batches(client: Client) -> None:
+    sealed = client.encrypt_many("k", [(b"one", {"n": "1"}), (b"", None)])
+    assert sealed.receipt is not None
+    assert sealed.ciphertexts == (b"CTeno", b"CT")
+    result = client.decrypt_many("k", [(b"CTeno", None), (b"no", {"n": "1"}), (b"CT", None)])
+    first, second, third = result.items
+    assert (first, third) == (DecryptedItem(b"one", 1), DecryptedItem(b"", 1))
+    assert isinstance(second, InvalidCiphertextError)
+    assert result.receipt is not None
+    assert second.ledger == result.receipt.ledger
+    assert "one" not in repr(result)
+    signatures = client.sign_many("k", [b"a", b"b"]).signatures
+    assert client.verify_many("k", [(b"a", signatures[0]), (b"a", signatures[1])]).valid == (True, False)
+    macs = client.mac_many("k", [b"a"]).macs
+    assert client.verify_mac_many("k", [(b"a", macs[0]), (b"b", macs[0])]).valid == (True, False)
+    for wrong in ([], [(b"", None)] * 257, [(bytes(40_000), None)] * 4):
+        with pytest.raises(MalformedError):
+            client.encrypt_many("k", wrong)
+
+
+def test_the_largest_batch_fits_a_frame_both_ways(client: Client) -> None:
+    # The simulator adds two bytes to each; 54 more are what the vault adds.
+    limits = client.limits()
+    count, size = int(limits["batch_items"]), int(limits["batch_bytes"] // limits["batch_items"])
+    plaintexts = [bytes([n]) * size for n in range(count)]
+    sealed = client.encrypt_many("k", [(p, {"row": str(n)}) for n, p in enumerate(plaintexts)])
+    assert len(sealed.ciphertexts) == count
+    largest = [(c + bytes(54), {"row": "x"}) for c in sealed.ciphertexts]
+    assert sum(len(c) for c, _ in largest) == limits["batch_ciphertext_bytes"]
+    assert len(client.decrypt_many("k", largest).items) == count
+
+
+def test_an_answer_that_leaves_items_out_is_no_answer(client: Client, vault: SimulatedVault) -> None:
+    vault.answer = lambda _: VerifyManyResult((True,), "k", 1)
+    with pytest.raises(TransportError, match="unexpected shape"):
+        client.verify_many("k", [(b"a", b"x"), (b"b", b"x")])
 
 
 def test_errors(client: Client) -> None:

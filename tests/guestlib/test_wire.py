@@ -105,7 +105,7 @@ def test_a_request_and_its_answer() -> None:
     assert session.hello is not None
     assert session.hello.limits["idle_seconds"] == 1.5
     number, data = session.send_request(
-        "Encrypt", {"key": "k", "plaintext": b"hi", "aad": None}, receipt=False, deadline_ms=9
+        "Encrypt", {"key": "k", "plaintext": b"hi", "aad": None}, receipt="none", deadline_ms=9
     )
     assert json.loads(data[4:]) == {
         "id": number,
@@ -123,7 +123,7 @@ def test_a_request_and_its_answer() -> None:
 def test_errors_become_classes() -> None:
     session = opened()
     for code, cls in (("denied", DeniedError), ("from_the_future", InternalError)):
-        number, _ = session.send_request("Health", {}, receipt=True, deadline_ms=0)
+        number, _ = session.send_request("Health", {}, receipt="reference", deadline_ms=0)
         error = answer(session, {"id": number, "error": {"code": code, "message": "m", "ledger": 3}})
         assert type(error) is cls
         assert error.ledger == 3
@@ -151,7 +151,7 @@ def test_errors_become_classes() -> None:
 )
 def test_nonsense_ends_the_session(message: dict[str, Any]) -> None:
     session = opened()
-    session.send_request("GenerateRandom", {"length": 1}, receipt=True, deadline_ms=0)
+    session.send_request("GenerateRandom", {"length": 1}, receipt="reference", deadline_ms=0)
     with pytest.raises(TransportError):
         session.receive(encode_message(message))
     assert session.phase is Phase.CLOSED
@@ -183,7 +183,7 @@ def test_a_strange_hello(hello: dict[str, Any]) -> None:
 
 def test_requests_before_hello_are_a_mistake() -> None:
     with pytest.raises(TransportError):
-        ClientSession().send_request("Health", {}, receipt=True, deadline_ms=0)
+        ClientSession().send_request("Health", {}, receipt="reference", deadline_ms=0)
 
 
 @seed(4)

@@ -12,19 +12,23 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
-import msgspec
 import pytest
 
 from guestlib.attest.binding import pass_qualifying
 from guestlib.errors import DeniedError, HostdError, NotFoundError, RefusedDriftError, UnavailableError
 from hostd.core.callers import Caller
 from hostd.core.findings import BOOT, FILES, GUESTS, IMA, Component, Finding, Status, process_of, relro_of
+from hostd.ipc import operations as ops
 from hostd.ipc.serving import Receipt
 from hostd.platform.tpm_errors import TpmError
-from hostd.vault.batches import CONFIRM_S, MAX_PENDING, Batches, Job
+from hostd.vault.attesting import Signing
+from hostd.vault.batches import CONFIRM_S, MAX_PENDING, Batches
 from hostd.vault.counters import Counters
-from hostd.vault.ledger import Entry, Ledger
-from hostd.vault.service import Done
+from hostd.vault.done import Done
+from hostd.vault.keyring import Keyring
+from hostd.vault.ledger import Entry, Ledger, LedgerError
+from hostd.vault.membership import Membership
+from hostd.vault.recording import MAX_RUNS, Executed, Job, Recorder
 from hostd.vault.store import Store, StoreError
 from hostd.vault.tpmlink import Quoted
 from hostd.vault.waiting import Pass, Waiting
@@ -78,11 +82,11 @@ class SimulatedTpm:
         self.sealed = {0: PCRS[0]}
         self.fails_at_once: TpmError | None = None
 
-    def quote(self, qualifying: bytes, told: Callable[[Any], None]) -> None:
+    def attest(self, signing: Signing, told: Callable[[Any], None]) -> None:
         if self.fails_at_once is not None:
             told(self.fails_at_once)
         else:
-            self.pending.append((qualifying, told))
+            self.pending.append((signing.qualifying, told))
 
     def differing(self, pcrs: dict[int, bytes]) -> list[tuple[int, bytes, bytes]]:
         return [(i, v, pcrs[i]) for i, v in self.sealed.items() if pcrs[i] != v]
@@ -92,15 +96,33 @@ class SimulatedHeads:
     def __init__(self) -> None:
         self.noted: list[int] = []
 
-    def note(self, *, size: int, **_: object) -> None:
+    def note(self, *, size: int, **_: object) -> str:
         self.noted.append(size)
+        return f"head of {size}"
+
+
+class SimulatedReceipts:
+    """Names the entry and the head that a receipt was asked for."""
+
+    def __init__(self) -> None:
+        self.fails = False
+
+    def document(self, seq: int, head: str) -> bytes:
+        if self.fails:
+            raise LedgerError("the disk")
+        return f"{seq} under {head}".encode()
 
 
 class Bench:
     """A pipeline, and everything that happened in it, in order."""
 
-    def __init__(self, ledger: Ledger, store: Store) -> None:
+    def __init__(self, ledger: Ledger, store: Store, keyring: Keyring) -> None:
         self.gate = make_gate()
+        membership = Membership(store, keyring)
+        for caller, tenant in ((A, "red"), (B, "blue")):
+            membership.bind(caller.principal, tenant, 0)
+        store.commit()
+        self.keyring, self.documents = keyring, SimulatedReceipts()
         self.measuring, self.tpm, self.heads = SimulatedMeasuring(), SimulatedTpm(), SimulatedHeads()
         self.ledger, self.store, self.counters = ledger, store, Counters()
         self.events: list[tuple[str, str]] = []
@@ -114,6 +136,8 @@ class Bench:
             tpm=cast("Any", self.tpm),
             ledger=ledger,
             heads=cast("Any", self.heads),
+            recorder=Recorder(ledger, keyring, membership),
+            receipts=cast("Any", self.documents),
             store=store,
             counters=self.counters,
             evidence_digest=self.evidence_digest,
@@ -143,6 +167,8 @@ class Bench:
         fails: HostdError | None = None,
         writes: bool = False,
         shreds: bool = False,
+        operation: ops.GatedOperation | None = None,
+        full: bool = False,
     ) -> None:
         def run(_now: int) -> Done:
             self.events.append(("execute", name))
@@ -150,7 +176,8 @@ class Bench:
                 self.store.set_meta(name, b"written")
             if fails is not None:
                 raise fails
-            return Done(msgspec.Struct(), "red", "key-1", 3, "detail")
+            tenant = "blue" if caller is B else "red"
+            return Done(ops.RandomResult(b"random"), tenant, "key-1", 3, "detail")
 
         def answer(_result: object, receipt: Receipt) -> None:
             self.receipts[name] = receipt
@@ -160,7 +187,7 @@ class Bench:
             self.errors[name] = error
             self.settle("refuse", name)
 
-        job = Job(name=name, mutates=writes, shreds=shreds, run=run, answer=answer, refuse=refuse)
+        job = Job(name, writes, shreds, run, answer, refuse, operation, full)
         now = time.monotonic_ns()
         self.gate.arrive(Waiting(caller, now, now + 10**12, job))
 
@@ -205,15 +232,16 @@ class Bench:
 
 
 @pytest.fixture
-def bench(ledger: Ledger, store: Store) -> Bench:
-    return Bench(ledger, store)
+def bench(ledger: Ledger, store: Store, keyring: Keyring) -> Bench:
+    return Bench(ledger, store, keyring)
 
 
 def fail_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "write", full)
+    for call in ("write", "pwrite"):
+        monkeypatch.setattr(os, call, full)
 
 
 # ── In order ──────────────────────────────────────────────────────────────────────────────────────
@@ -239,11 +267,12 @@ def test_the_whole_way(bench: Bench) -> None:
     bench.begin()
     # Executed and durable in the ledger, and nothing said.
     assert bench.outcomes() == {}
-    assert [(e.op, e.outcome, e.principal, e.seq) for e in bench.entries()] == [
-        ("a", "released", A.principal, 0),
-        ("b", "released", B.principal, 1),
+    assert [(e.event, e.op, e.outcome, e.principal, e.seq) for e in bench.entries()] == [
+        ("pass", "", "done", "", 0),
+        ("operation", "a", "released", A.principal, 1),
+        ("operation", "b", "released", B.principal, 2),
     ]
-    entry = bench.entries()[0]
+    entry = bench.entries()[1]
     assert (entry.event, entry.tenant, entry.key, entry.version, entry.detail, entry.passed) == (
         "operation",
         "red",
@@ -254,17 +283,17 @@ def test_the_whole_way(bench: Bench) -> None:
     )
     # The quote signs the pass, its evidence and the head that holds these entries.
     ((qualifying, _),) = bench.tpm.pending
-    assert qualifying == pass_qualifying(1, (1).to_bytes(32, "big"), 2, bench.ledger.tree.root(2))
+    assert qualifying == pass_qualifying(1, (1).to_bytes(32, "big"), 3, bench.ledger.tree.root(3))
     assert bench.measuring.asked == []
     bench.quoted()
     assert bench.outcomes() == {}
-    assert bench.heads.noted == [2]
+    assert bench.heads.noted == [3]
     assert set(bench.measuring.asked) == {IMA, PROCESS_A, PROCESS_B, RELRO_A, RELRO_B}
     bench.second_look()
     assert bench.outcomes() == {"a": "answer", "b": "answer"}
-    assert bench.receipts == {"a": Receipt(0, 1), "b": Receipt(1, 1)}
+    assert bench.receipts == {"a": Receipt(1, 1), "b": Receipt(2, 1)}
     assert not bench.batches.busy
-    assert bench.ledger.size == 2
+    assert bench.ledger.size == 3
 
 
 def test_the_second_look_starts_after_the_quote(bench: Bench) -> None:
@@ -312,7 +341,7 @@ def test_a_typed_refusal_goes_the_same_way(bench: Bench) -> None:
     bench.arrive("denied", fails=DeniedError("no"))
     bench.arrive("host", fails=UnavailableError("no"))
     bench.begin()
-    assert [(e.outcome, e.code, e.tenant) for e in bench.entries()] == [
+    assert [(e.outcome, e.code, e.tenant) for e in bench.entries()[1:]] == [
         ("denied", "denied", ""),
         ("failed", "unavailable", ""),
     ]
@@ -320,8 +349,8 @@ def test_a_typed_refusal_goes_the_same_way(bench: Bench) -> None:
     bench.quoted()
     bench.second_look()
     assert bench.outcomes() == {"denied": "refuse", "host": "refuse"}
-    assert (bench.errors["denied"].code, bench.errors["denied"].ledger) == ("denied", 0)
-    assert (bench.errors["host"].code, bench.errors["host"].ledger) == ("unavailable", 1)
+    assert (bench.errors["denied"].code, bench.errors["denied"].ledger) == ("denied", 1)
+    assert (bench.errors["host"].code, bench.errors["host"].ledger) == ("unavailable", 2)
 
 
 def test_confirm_and_start_do_nothing_when_there_is_nothing(bench: Bench) -> None:
@@ -714,7 +743,7 @@ def test_every_withheld_entry_is_named(bench: Bench) -> None:
         bench.arrive(f"a{number}")
     bench.begin()
     bench.quoted(error=TpmError("gone"))
-    assert "90 answers, entries 0-89" in bench.entries()[-1].detail
+    assert "90 answers, entries 1-90" in bench.entries()[-1].detail
 
 
 def test_a_store_that_fails_after_the_ledger_is_said_to_withhold(
@@ -727,8 +756,8 @@ def test_a_store_that_fails_after_the_ledger_is_said_to_withhold(
     bench.arrive("a", writes=True)
     bench.read_all()
     bench.batches.start()
-    assert [e.outcome for e in bench.entries()] == ["released", "withheld"]
-    assert "entries 0" in bench.entries()[-1].detail
+    assert [e.outcome for e in bench.entries()] == ["done", "released", "withheld"]
+    assert "entries 1" in bench.entries()[-1].detail
 
 
 def test_a_withholding_that_cannot_be_recorded_shuts_the_gate(
@@ -751,3 +780,88 @@ def test_a_defect_is_not_survived(bench: Bench) -> None:
         bench.batches.start()
     assert bench.outcomes() == {}
     assert bench.entries() == []
+
+
+# ── Receipts ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_full_receipt_is_made_under_the_batchs_own_head_and_only_if_wanted(bench: Bench) -> None:
+    bench.arrive("a")
+    bench.arrive("b", full=True)
+    bench.begin()
+    bench.quoted()
+    bench.second_look()
+    assert bench.receipts == {"a": Receipt(1, 1), "b": Receipt(2, 1, b"2 under head of 3")}
+
+
+def test_an_answer_leaves_without_a_receipt_that_cannot_be_made(bench: Bench) -> None:
+    bench.documents.fails = True
+    bench.arrive("a", full=True)
+    bench.begin()
+    bench.quoted()
+    bench.second_look()
+    assert bench.receipts == {"a": Receipt(1, 1)}
+
+
+def test_a_batch_under_way_is_unsettled_until_it_is_answered(bench: Bench) -> None:
+    assert bench.batches.unsettled is None
+    bench.arrive("a")
+    bench.begin()
+    assert bench.batches.unsettled == 0
+    bench.quoted()
+    assert bench.batches.unsettled == 0
+    bench.second_look()
+    assert bench.batches.unsettled is None
+    bench.arrive("b")
+    bench.begin()
+    assert bench.batches.unsettled == 2
+    bench.quoted(error=TpmError("gone"))
+    assert bench.batches.unsettled is None
+
+
+def test_what_was_withheld_is_named_by_number(bench: Bench) -> None:
+    bench.arrive("a")
+    bench.arrive("b", B)
+    bench.arrive("c")
+    bench.begin()
+    bench.quoted()
+    for component in list(bench.measuring.asked):
+        bad = component == PROCESS_A
+        bench.read(component, status=Status.DRIFTED if bad else Status.VERIFIED)
+    bench.batches.confirm()
+    named = {e.seq for e in bench.entries() if e.op in ("a", "c")}
+    assert bench.outcomes() == {"a": "refuse", "b": "answer", "c": "refuse"}
+    (entry,) = (e for e in bench.entries() if e.event == "withheld")
+    assert {n for first, last in entry.withheld for n in range(first, last + 1)} == named
+    assert bench.ledger.withheld == [tuple(run) for run in entry.withheld]
+
+
+def test_what_was_executed_before_the_store_failed_is_recorded_and_withheld(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key was used, for nobody: the pass counts what there is."""
+
+    def fails() -> None:
+        raise StoreError("disk full")
+
+    bench.arrive("a")
+    bench.arrive("b", writes=True)
+    monkeypatch.setattr(bench.store, "savepoint", fails)
+    bench.read_all()
+    bench.batches.start()
+    assert bench.outcomes() == {"a": "refuse", "b": "refuse"}
+    assert [(e.event, e.op, e.requests, e.withheld) for e in bench.entries()] == [
+        ("pass", "", 1, ()),
+        ("operation", "a", 0, ()),
+        ("withheld", "", 0, ((1, 1),)),
+    ]
+
+
+def test_more_runs_than_one_entry_names_are_named_by_several(bench: Bench) -> None:
+    passed = Pass(1, 1, 2, ())
+    one = Waiting(A, 0, 1, Job("a", False, False, cast("Any", None), cast("Any", None), cast("Any", None)))
+    executed = [Executed(one, None, None, seq) for seq in range(1, 4 * MAX_RUNS, 2)]
+    Recorder(bench.ledger, bench.keyring, cast("Any", None)).withheld(executed, passed.number, "why")
+    entries = bench.entries()
+    assert [len(e.withheld) for e in entries] == [MAX_RUNS, MAX_RUNS]
+    assert [n for e in entries for n, _ in e.withheld] == [e.seq for e in executed]

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from guestlib.attest.evidence import Status
-from guestlib.errors import HostdError
+from guestlib.errors import HostdError, NotFoundError
 from hostd.core import findings as core
 from hostd.core.callers import Caller
 from hostd.core.findings import KERNEL, Kind
@@ -47,6 +47,18 @@ class SimulatedChannel:
         self.refusals[seq] = error
 
 
+class SimulatedReceipts:
+    """Has one receipt, for A; and says what it was asked."""
+
+    def redeem(self, caller: Caller, seq: int, now: int) -> ops.ReceiptResult:
+        if (caller, seq) != (A, 7):
+            raise NotFoundError("no such receipt")
+        return ops.ReceiptResult(str(now).encode())
+
+    def audit(self, caller: Caller, asked: ops.GetAuditLog, now: int) -> ops.AuditLogResult:
+        return ops.AuditLogResult(f"{caller.vm} {asked.after} {now}".encode(), ())
+
+
 class Bench:
     def __init__(self, ledger: Ledger) -> None:
         self.gate = make_gate()
@@ -60,6 +72,7 @@ class Bench:
             custody=cast("Any", custody),
             ledger=ledger,
             tpm=cast("Any", self.tpm),
+            receipts=cast("Any", SimulatedReceipts()),
             wait_s=0.0,
             kick=lambda: None,
         )
@@ -126,3 +139,16 @@ def test_what_was_read_before_it_was_asked_for_is_pending() -> None:
     assert set(claims_for(A, gate, 1101).values()) == {Status.PENDING}
     read(gate, KERNEL, at=200, status=core.Status.DRIFTED)
     assert claims_for(A, gate, 300)["kernel"] is Status.DRIFTED
+
+
+def test_receipts_are_answered_at_once_for_whom_the_channel_names(bench: Bench) -> None:
+    first, second = SimulatedChannel(A), SimulatedChannel(B)
+    for channel in (first, second):
+        bench.ask(channel, 1, ops.GetReceipt(ledger=7))
+        bench.ask(channel, 2, ops.GetAuditLog(after=5))
+    assert first.answers == {
+        1: ops.ReceiptResult(b"1"),
+        2: ops.AuditLogResult(f"{A.vm} 5 1".encode(), ()),
+    }
+    assert [e.code for e in second.refusals.values()] == ["not_found"]
+    assert second.answers == {2: ops.AuditLogResult(f"{B.vm} 5 1".encode(), ())}

@@ -1,0 +1,195 @@
+"""Receipts: with an answer, or later, and a tenant's own part of the ledger (docs/receipts.md).
+
+A receipt is put together from the ledger's lines, the tree and a quoted head; nothing is kept for it.
+What all receipts under one head and of one pass share is encoded once. Given later (`redeem`) only to a
+caller of the entry's tenant, never of an answer that was withheld or has not been decided yet; everything
+else is one and the same `not_found`, after the same work.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from guestlib.attest.receipt import FORMAT
+from guestlib.errors import NotFoundError, RefusedDriftError, UnavailableError
+from hostd.core.entry import ArchivedError, Entry, LedgerError
+from hostd.ipc import operations as ops
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hostd.core.callers import Caller
+    from hostd.vault.allowance import Allowance
+    from hostd.vault.gate import Gate
+    from hostd.vault.heads import Head, Heads
+    from hostd.vault.keyring import Keyring
+    from hostd.vault.ledger import Ledger
+    from hostd.vault.membership import Membership
+
+RECEIPT_COST: Final = 1
+AUDIT_COST: Final = 20
+"""Units of `Allowance`: a page reads up to `SCAN` lines and makes up to 64 proofs, about a millisecond."""
+SCAN: Final = 1024
+"""Ledger lines looked at for one page."""
+PAGE_BYTES: Final = 96 << 10
+"""Of lines and proofs in one page, but for the last: what base64 and JSON make of it fits a frame."""
+
+_ENCODE: Final = msgspec.json.Encoder(order="sorted").encode
+_DECODE: Final = msgspec.json.Decoder(Entry).decode
+_NONE: Final = "no such receipt"
+
+
+class Receipts:
+    """Makes documents from the ledger."""
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        heads: Heads,
+        keyring: Keyring,
+        membership: Membership,
+        gate: Gate,
+        allowance: Allowance,
+        unsettled: Callable[[], int | None],
+    ) -> None:
+        self._ledger = ledger
+        self._heads = heads
+        self._keyring = keyring
+        self._membership = membership
+        self._gate = gate
+        self._allowance = allowance
+        self._unsettled = unsettled
+        self._head: tuple[Head, msgspec.Raw] | None = None
+        """The head that was encoded last,"""
+        self._pass: tuple[int, int, msgspec.Raw] | None = None
+        """and the pass: tree size, entry, and its place."""
+
+    # ── Documents ─────────────────────────────────────────────────────────────────────────────────
+
+    def document(self, seq: int, head: Head) -> bytes:
+        """The receipt of an entry of a batch under a head that covers it.
+
+        Raises:
+            LedgerError: the file is not what was written.
+            UnavailableError: the keys are locked.
+        """
+        line = self._line(seq)
+        return self._document(_DECODE(line), line, head)
+
+    def _document(self, entry: Entry, line: bytes, head: Head) -> bytes:
+        return _ENCODE(
+            {
+                "entry": self._place(entry.seq, line, head.size),
+                "format": FORMAT,
+                "head": self._encoded_head(head),
+                "pass": self._encoded_pass(entry.pass_entry, head.size),
+                "salt": self._keyring.salt(entry.tenant, entry.seq),
+            }
+        )
+
+    def _line(self, seq: int) -> bytes:
+        """A durable line, as the tree has it."""
+        lines = self._ledger.stretch(seq, 1)
+        if not lines:
+            raise LedgerError(f"{self._ledger.path}: entry {seq} is missing")
+        return lines[0]
+
+    def _place(self, seq: int, line: bytes, size: int) -> dict[str, Any]:
+        return {"index": seq, "line": line.decode(), "proof": self._ledger.tree.inclusion(seq, size)}
+
+    def _encoded_head(self, head: Head) -> msgspec.Raw:
+        if self._head is None or self._head[0] is not head:
+            body = {
+                "attest": head.attest,
+                "evidence": head.evidence_digest,
+                "pass": head.passed,
+                "pcrs": head.pcrs,
+                "root": head.root,
+                "signature": head.signature,
+                "size": head.size,
+            }
+            self._head = head, msgspec.Raw(_ENCODE(body))
+        return self._head[1]
+
+    def _encoded_pass(self, seq: int, size: int) -> msgspec.Raw:
+        if self._pass is None or self._pass[:2] != (size, seq):
+            self._pass = size, seq, msgspec.Raw(_ENCODE(self._place(seq, self._line(seq), size)))
+        return self._pass[2]
+
+    # ── Asked for later ───────────────────────────────────────────────────────────────────────────
+
+    def redeem(self, caller: Caller, seq: int, now: int) -> ops.ReceiptResult:
+        """The receipt of an answer that the caller's tenant got, under the latest quoted head.
+
+        Raises:
+            NotFoundError: no such receipt, for whatever reason.
+            RefusedDriftError: the caller's own machine or the host has drifted: a salt does not go there.
+            UnavailableError: the keys are locked.
+            OverloadedError: too many of these of late.
+        """
+        self._allowance.take(caller.principal, RECEIPT_COST, now)
+        if self._gate.latched_for(caller) is not None:
+            raise RefusedDriftError("a measurement that this caller rests on has drifted")
+        tenant = self._tenant(caller)
+        head, end = self._settled()
+        # Beyond the end another entry is read, so that it takes the same time as one that is not theirs.
+        try:
+            line = self._line(min(seq, end - 1))
+        except ArchivedError:
+            raise NotFoundError(_NONE) from None
+        entry = _DECODE(line)
+        theirs = entry.seq == seq and entry.tenant == tenant and entry.event == "operation"
+        if not theirs or not entry.request or self._withheld(seq):
+            raise NotFoundError(_NONE)
+        return ops.ReceiptResult(self._document(entry, line, head))
+
+    def audit(self, caller: Caller, asked: ops.GetAuditLog, now: int) -> ops.AuditLogResult:
+        """A page of the entries of the caller's tenant, with proofs to the latest quoted head.
+
+        Raises:
+            NotFoundError, UnavailableError, OverloadedError: as `redeem`.
+        """
+        self._allowance.take(caller.principal, AUDIT_COST, now)
+        tenant = self._tenant(caller)
+        head, end = self._settled()
+        start = max(self._ledger.first, 0 if asked.after is None else asked.after + 1)
+        needle = b'"tenant":' + msgspec.json.encode(tenant)
+        entries: list[ops.AuditEntry] = []
+        size, last = 0, start - 1
+        for last, line in enumerate(self._ledger.stretch(start, min(SCAN, max(0, end - start))), start):
+            if needle not in line or _DECODE(line).tenant != tenant:
+                continue
+            proof = tuple(self._ledger.tree.inclusion(last, head.size))
+            entries.append(
+                ops.AuditEntry(last, line.decode(), proof, withheld=self._withheld(last))
+            )
+            size += len(line) + 48 * len(proof)
+            if len(entries) >= asked.limit or size >= PAGE_BYTES:
+                break
+        more = last + 1 < end
+        return ops.AuditLogResult(bytes(self._encoded_head(head)), tuple(entries), last if more else None)
+
+    def _tenant(self, caller: Caller) -> str:
+        tenant = self._membership.tenant_of(caller.principal)
+        if tenant is None:
+            raise NotFoundError(_NONE)
+        return tenant
+
+    def _settled(self) -> tuple[Head, int]:
+        """The latest quoted head, and the entry before which all under it are decided."""
+        head, unsettled = self._heads.latest, self._unsettled()
+        if head is None or not head.size:
+            raise NotFoundError(_NONE)
+        end = head.size if unsettled is None else min(head.size, unsettled)
+        if not end:
+            raise UnavailableError("the first batch is under way")
+        return head, end
+
+    def _withheld(self, seq: int) -> bool:
+        runs = self._ledger.withheld
+        at = bisect_right(runs, seq, key=lambda run: run[0]) - 1
+        return at >= 0 and seq <= runs[at][1]

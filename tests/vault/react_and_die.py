@@ -2,7 +2,8 @@
 
 Run as `python -m tests.vault.react_and_die FOLDER TPM N`: each write to the ledger, commit of the store,
 asking of the measurer and command to the TPM counts twice, before and after. Killed by SIGKILL at the
-N-th; ends by itself, with 0, when there are fewer. With N = 0 it finds nothing new, and goes on with what it was at.
+N-th; ends by itself, with 0, when there are fewer. With N = 0 it finds nothing new, and goes on with what
+it was at.
 """
 
 from __future__ import annotations

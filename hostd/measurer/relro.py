@@ -159,11 +159,12 @@ class RelroProbe:
                 self._replan(state, hypervisor, handle, mapped.vmas, until)
                 state.maps = self._tagger.tag(mapped.state)
             assert state.plan is not None
-            tag = self._read_memory(handle, state.plan.places)
-            last = state.reading
-            if last is not None and tag == state.good:
+            places, last = state.plan.places, state.reading
+            if last is not None and self._read_memory(handle, places) == state.good:
                 return last if last.hypervisor == hypervisor else _renamed(last, hypervisor)
-            data = self._memory.latest(state.plan.places)
+            # What is compared is kept, and is what the tag then stands for.
+            data = self._memory.read(handle, places)
+            tag = self._tag_of(data, places)
             # What has changed is named at once: this is no time for steps.
             linking = self._linked(handle, state.plan.shape, hypervisor, self._vmas(handle, mapped), 0.0)
             if linking is None:
@@ -177,24 +178,31 @@ class RelroProbe:
         return reading
 
     def _read_memory(self, handle: ProcessHandle, places: Places) -> bytes:
-        """Reads the memory; its tag. Both threads take the next piece until there is none."""
+        """Reads the memory; its tag, as `_tag_of` gives it. Both threads take the next piece until there is
+        none."""
         left = list(enumerate(places.pieces))
-        self._lane.start(self._tag_pieces, handle, left)
+        self._lane.start(self._tag_pieces, handle, left, 1)
         try:
-            tags = self._tag_pieces(handle, left)
+            tags = self._tag_pieces(handle, left, 0)
         finally:
             others: dict[int, bytes] = self._lane.result()
         tags |= others
         return self._tagger.tag(b"".join(tags[number] for number in range(len(places.pieces))))
 
-    def _tag_pieces(self, handle: ProcessHandle, left: list[tuple[int, Piece]]) -> dict[int, bytes]:
+    def _tag_of(self, data: memoryview, places: Places) -> bytes:
+        tag = self._tagger.tag
+        return tag(b"".join(tag(data[piece.at : piece.at + piece.size]) for piece in places.pieces))
+
+    def _tag_pieces(
+        self, handle: ProcessHandle, left: list[tuple[int, Piece]], window: int
+    ) -> dict[int, bytes]:
         tags: dict[int, bytes] = {}
         while True:
             try:
                 number, piece = left.pop()
             except IndexError:
                 return tags
-            tags[number] = self._tagger.tag(self._memory.read_piece(handle, piece))
+            tags[number] = self._tagger.tag(self._memory.read_piece(handle, piece, window))
 
     def _vmas(self, handle: ProcessHandle, mapped: object) -> tuple[Vma, ...]:
         vmas: tuple[Vma, ...] = mapped.vmas if mapped is not None else self._maps.read(handle).vmas  # type: ignore[attr-defined]

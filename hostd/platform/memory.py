@@ -32,6 +32,8 @@ MAX_VECTOR: Final = 1024
 """UIO_MAXIOV."""
 PIECE_BYTES: Final = 512 << 10
 """Read in 0.05 ms: calls cost little beside it, and two threads end at about the same time."""
+WINDOWS: Final = 2
+"""One for each thread that reads."""
 MAX_SEGMENTS: Final = 4096
 _HEADER: Final = struct.Struct("<4s28xQ14xHH")
 _PROGRAM: Final = struct.Struct("<IIQQQQQQ")
@@ -94,12 +96,11 @@ def _pieces(ranges: list[tuple[int, int]]) -> Iterator[Piece]:
 
 
 class MemoryReader:
-    """Reads into one buffer, which the next read overwrites."""
+    """Reads all ranges into memory of their own, or piece by piece into windows that are used again."""
 
     def __init__(self) -> None:
-        self._buffer = mmap.mmap(-1, MAX_BYTES)
-        self._view = memoryview(self._buffer)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
+        buffer = mmap.mmap(-1, WINDOWS * PIECE_BYTES)
+        self._windows = [memoryview(buffer)[n * PIECE_BYTES : (n + 1) * PIECE_BYTES] for n in range(WINDOWS)]
 
     def read(self, handle: ProcessHandle, places: Places) -> memoryview:
         """The bytes of all ranges, one after another. That `handle` is still the process whose number was
@@ -109,29 +110,32 @@ class MemoryReader:
             ProcessGoneError: it ended, or does not have that memory (any more), or not where it can be read.
             MemoryRefusedError: it may not be read.
         """
+        # Given back to the system with the last reference.
+        view = memoryview(mmap.mmap(-1, max(places.size, 1)))[: places.size]
         for piece in places.pieces:
-            self.read_piece(handle, piece)
-        return self.latest(places)
+            self._read(handle, piece, view[piece.at : piece.at + piece.size])
+        return view
 
-    def read_piece(self, handle: ProcessHandle, piece: Piece) -> memoryview:
-        """The bytes of one piece. Different pieces may be read by different threads.
+    def read_piece(self, handle: ProcessHandle, piece: Piece, window: int = 0) -> memoryview:
+        """The bytes of one piece, until the next one is read into the same window. Two threads may read, each
+        into its own.
 
         Raises:
             As `read`.
         """
-        local = _Iovec(self._address + piece.at, piece.size)
+        view = self._windows[window][: piece.size]
+        self._read(handle, piece, view)
+        return view
+
+    def _read(self, handle: ProcessHandle, piece: Piece, view: memoryview) -> None:
+        local = _Iovec(ctypes.addressof(ctypes.c_char.from_buffer(view)), piece.size)
         got = _libc.process_vm_readv(handle.pid, ctypes.byref(local), 1, piece.vector, len(piece.vector), 0)
         if got < 0 and ctypes.get_errno() in (errno.EPERM, errno.ENOSYS):
-            self._through_kcore(handle, piece)
+            self._through_kcore(handle, piece, view)
         elif got != piece.size:
             raise ProcessGoneError("its memory is not there (any more)")
-        return self._view[piece.at : piece.at + piece.size]
 
-    def latest(self, places: Places) -> memoryview:
-        """The bytes of all ranges as they were last read, piece by piece."""
-        return self._view[: places.size]
-
-    def _through_kcore(self, handle: ProcessHandle, piece: Piece) -> None:
+    def _through_kcore(self, handle: ProcessHandle, piece: Piece, view: memoryview) -> None:
         with contextlib.ExitStack() as stack:
             try:
                 kcore = os.open("/proc/kcore", os.O_RDONLY | os.O_CLOEXEC)
@@ -139,39 +143,36 @@ class MemoryReader:
                 pagemap = handle.open("pagemap")
                 stack.callback(os.close, pagemap)
                 segments = _segments(kcore)
-                done = piece.at
+                done = 0
                 for place in piece.vector:
-                    done = self._range(kcore, pagemap, segments, place.base or 0, place.length, done)
+                    base, length = place.base or 0, place.length
+                    _range(kcore, pagemap, segments, base, view[done : done + length])
+                    done += length
             except OSError as error:
                 raise MemoryRefusedError("neither process_vm_readv nor /proc/kcore may be used") from error
 
-    def _range(
-        self,
-        kcore: int,
-        pagemap: int,
-        segments: list[tuple[int, int, int]],
-        address: int,
-        length: int,
-        done: int,
-    ) -> int:
-        end = address + length
-        while address < end:
-            entry = int.from_bytes(os.pread(pagemap, ENTRY_BYTES, address // PAGE * ENTRY_BYTES), "little")
-            # The process has a say in what of it is in memory, so this is no fault of the host.
-            if not entry & PRESENT or not entry & FRAME:
-                raise ProcessGoneError("a page is not in memory, and cannot be brought in from here")
-            physical = (entry & FRAME) * PAGE + address % PAGE
-            size = min(end - address, PAGE - address % PAGE)
-            offset = next((o + physical - s for s, e, o in segments if s <= physical < e), None)
-            if offset is None:
-                raise ProcessGoneError("/proc/kcore does not show that page")
-            if os.preadv(kcore, [self._view[done : done + size]], offset) != size:
-                raise MemoryRefusedError("/proc/kcore gives less than it says")
-            address, done = address + size, done + size
-        return done
-
     def close(self) -> None:
-        self._view.release()
+        self._windows.clear()
+
+
+def _range(
+    kcore: int, pagemap: int, segments: list[tuple[int, int, int]], address: int, view: memoryview
+) -> None:
+    """Fills `view` from `address` on, page by page."""
+    end, done = address + len(view), 0
+    while address < end:
+        entry = int.from_bytes(os.pread(pagemap, ENTRY_BYTES, address // PAGE * ENTRY_BYTES), "little")
+        # The process has a say in what of it is in memory, so this is no fault of the host.
+        if not entry & PRESENT or not entry & FRAME:
+            raise ProcessGoneError("a page is not in memory, and cannot be brought in from here")
+        physical = (entry & FRAME) * PAGE + address % PAGE
+        size = min(end - address, PAGE - address % PAGE)
+        offset = next((o + physical - s for s, e, o in segments if s <= physical < e), None)
+        if offset is None:
+            raise ProcessGoneError("/proc/kcore does not show that page")
+        if os.preadv(kcore, [view[done : done + size]], offset) != size:
+            raise MemoryRefusedError("/proc/kcore gives less than it says")
+        address, done = address + size, done + size
 
 
 def _segments(kcore: int) -> list[tuple[int, int, int]]:

@@ -44,11 +44,18 @@ def test_pieces_are_the_ranges_cut(reader: MemoryReader) -> None:
     found = {piece.at: bytes(reader.read_piece(handle, piece)) for piece in reversed(places.pieces)}
     whole = data[: 8 + 2 * PIECE_BYTES] + data[100 : 100 + PIECE_BYTES]
     assert b"".join(found[at] for at in sorted(found)) == whole
-    assert bytes(reader.latest(places)) == whole
-    # Only the piece that is read changes.
+    everything = reader.read(handle, places)
+    assert bytes(everything) == whole
+    # Each thread has its window, and neither disturbs what was read as a whole.
+    mine, other = (
+        reader.read_piece(handle, places.pieces[0], 0),
+        reader.read_piece(handle, places.pieces[1], 1),
+    )
+    assert bytes(mine) + bytes(other) == whole[: 2 * PIECE_BYTES]
     buffer[0:8] = bytes(8)
-    assert bytes(reader.read_piece(handle, places.pieces[0]))[:8] == bytes(8)
-    assert bytes(reader.latest(places))[8:] == whole[8:]
+    assert bytes(reader.read_piece(handle, places.pieces[0], 1))[:8] == bytes(8)
+    assert bytes(mine) == whole[:PIECE_BYTES]
+    assert bytes(everything) == whole
 
 
 def test_what_is_not_there(reader: MemoryReader) -> None:

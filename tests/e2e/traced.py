@@ -1,0 +1,130 @@
+"""A whole hostd whose vault keeps a trace of its gate (`tests.support.trace`).
+
+The roles are the same programs under the same supervisor; only the vault's process attaches a recorder
+before it serves: `python -m tests.e2e.traced run CONFIG` in place of `hostd run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hostd import supervisor
+from hostd.config import load_config
+from hostd.core.findings import Kind
+from hostd.platform import program
+from hostd.vault import main as entry
+from hostd.vault.vault import STANDING_SWEEPS, Vault
+from tests.e2e.harness import READY_S, Host, Settings, directory, until
+from tests.support.freshness import Freshness, Rules
+from tests.support.trace import AnyEvent, Arrived, Lines, Recorder, Told, read_trace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from hostd.config import Config
+    from hostd.ipc.loop import Loop
+    from tests.e2e.load import Answer
+
+FLUSH_S = 0.05
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class TracedHost(Host):
+    """A host with a trace of each vault that ran."""
+
+    def start(self, seconds: float = READY_S) -> None:
+        with self.log_path.open("ab") as log:
+            self.supervisor = subprocess.Popen(
+                [sys.executable, "-m", "tests.e2e.traced", "run", str(self.config_path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+            )
+        until(self.status, "the vault answers", seconds)
+
+    def traces(self) -> list[list[AnyEvent]]:
+        """One for each process, the oldest first."""
+        paths = sorted(self.directory.glob("trace-*"), key=lambda p: p.stat().st_ctime_ns)
+        return [read_trace(path) for path in paths]
+
+    @property
+    def rules(self) -> Rules:
+        config = self.config
+        return Rules(
+            tolerated=frozenset(str(k) for k in Kind) - set(config.measure.require),
+            host_scope=config.drift.scope == "host",
+            standing_ns=STANDING_SWEEPS * int(config.measure.sweep_s * 1e9),
+        )
+
+    def judged(self, answers: Iterable[Answer]) -> Freshness:
+        """The sentence over all traces; and what clients were told fits what they say."""
+        freshness = Freshness(self.rules)
+        arrived: dict[int, int] = {}
+        for trace in self.traces():
+            one = Freshness(self.rules).over(trace)
+            freshness.violations += one.violations
+            freshness.counts += one.counts
+            numbers = {e.number: e.arrived for e in trace if isinstance(e, Arrived)}
+            told = (e for e in trace if isinstance(e, Told) and not e.outcome)
+            arrived.update({e.ledger: numbers[e.number] for e in told})
+        for answer in answers:
+            at = arrived.get(answer.ledger)
+            if at is None:
+                freshness.violations.append(f"{answer}: no such answer left the gate")
+            elif at < answer.asked * 1e9:
+                freshness.violations.append(f"{answer}: arrived before it was asked")
+        return freshness
+
+
+@contextlib.contextmanager
+def traced(binary: Path, settings: Settings | None = None) -> Iterator[TracedHost]:
+    """A host that serves, as `tests.e2e.harness.adopted`, with traces."""
+    with directory() as place:
+        host = TracedHost(place, binary, settings)
+        host.setup()
+        try:
+            host.start()
+            until(lambda: (s := host.status()) and s.keys_unlocked, "the root key is unsealed")
+            host.adopt(("acme", 0))
+            host.wait_open()
+            yield host
+        finally:
+            host.close_clients()
+            if host.supervisor is not None:
+                host.kill()
+            print(f"── log of the roles ──\n{host.log()}")
+
+
+class _TracedVault(Vault):
+    def __init__(self, config: Config, loop: Loop) -> None:
+        super().__init__(config, loop)
+        number = len(list(config.state.parent.glob("trace-*")))
+        lines = Lines(config.state.parent / f"trace-{number}")
+        recorder = Recorder(lines.take)
+        recorder.attach(self.gate, self.measuring, self.batches._tpm)
+        recorder.watch_ledger(self.ledger)
+        loop.every(FLUSH_S, lines.flush)
+
+
+def _run(config_path: Path) -> None:
+    def command(*arguments: str) -> list[str]:
+        if arguments[-1] == "vault":
+            return [sys.executable, "-m", "tests.e2e.traced", "vault", str(config_path)]
+        return plain(*arguments)
+
+    plain, program.command = program.command, command
+    supervisor.supervise(config_path, load_config(config_path))
+
+
+def _vault(config_path: Path) -> None:
+    entry.Vault = _TracedVault  # type: ignore[misc]
+    entry.run(load_config(config_path))
+
+
+if __name__ == "__main__":
+    {"run": _run, "vault": _vault}[sys.argv[1]](Path(sys.argv[2]))

@@ -8,7 +8,6 @@ the hostd.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import ssl
 import statistics
@@ -16,132 +15,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from guestlib.attest.bundle import parse_bundle
-from tests.bench import lab, measuring
-from tests.bench.report import Report, median, percentile
+from tests.bench import gate, lab, measuring
+from tests.bench.report import Report, median
 from tests.e2e.harness import Host, Settings, adopted, directory, machine, until
 from tests.support.qemu import copy_of_qemu
-
-PLAINTEXT = 256
-
-
-def load(
-    host: Host, key: str, *, processes: int, connections: int, depth: int, seconds: float
-) -> dict[str, Any]:
-    """Client processes that start together; their answers as one."""
-    ca = host.directory / "ca.pem"
-    arguments = [
-        str(host.guest_socket),
-        str(ca),
-        key,
-        str(connections // processes),
-        str(depth),
-        str(seconds),
-    ]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.load", *arguments, str(PLAINTEXT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(processes)
-    ]
-    try:
-        for process in started:
-            assert process.stdout is not None
-            if process.stdout.readline() != "ready\n":
-                raise SystemExit("a client did not get ready")
-        for process in started:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        found = [json.loads(process.communicate(timeout=seconds + 60)[0]) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    failed: dict[str, int] = {}
-    for one in found:
-        for code, count in one["failed"].items():
-            failed[code] = failed.get(code, 0) + count
-    latencies = sorted(latency for one in found for latency in one["latencies"])
-    return {"seconds": max(one["seconds"] for one in found), "failed": failed, "latencies": latencies}
-
-
-def counted(host: Host, name: str) -> dict[str, float]:
-    """One metric of the vault: labels as text → value."""
-    import urllib.request
-
-    port = int((host.run / "metrics.port").read_text())
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    pairs = (line.rpartition(" ") for line in lines if line.startswith(name))
-    return {what: float(value) for what, _, value in pairs}
-
-
-def cpu_seconds(pids: dict[str, int]) -> dict[str, float]:
-    """User and system time of each process so far."""
-    ticks = os.sysconf("SC_CLK_TCK")
-    found = {}
-    for role, pid in pids.items():
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        found[role] = (int(fields[11]) + int(fields[12])) / ticks
-    return found
-
-
-def gate(report: Report, host: Host, key: str, seconds: float) -> None:
-    loads = (
-        ("gate", 1, 1, 1, "one client, one request at a time"),
-        ("gate.1x16", 1, 1, 16, "one client, 16 in flight"),
-        ("gate.16x1", 2, 16, 1, "16 connections in 2 client processes, one request at a time each"),
-        ("gate.16x16", 2, 16, 16, "16 connections in 2 client processes, 16 in flight each"),
-    )
-    for name, processes, connections, depth, what in loads:
-        pids = host.pids()
-        before, cpu = pass_times(host), cpu_seconds(pids)
-        found = load(host, key, processes=processes, connections=connections, depth=depth, seconds=seconds)
-        after = pass_times(host)
-        used = {role: round(value - cpu[role], 2) for role, value in cpu_seconds(pids).items()}
-        latencies: list[float] = found["latencies"]
-        answered = len(latencies)
-        turn = (after[0] - before[0]) / max(1, after[1] - before[1]) * 1e3
-        note = (
-            f"Encrypt {PLAINTEXT} B with receipt over guest.sock (TLS 1.3), {what}, {seconds:g} s closed loop"
-        )
-        more: dict[str, Any] = {
-            "T_ms": round(pass_ms(host), 2), "batch_ms": round(turn, 2), "load": round(os.getloadavg()[0], 2),
-            "failed": json.dumps(found["failed"]), "cpu_s": json.dumps(used),
-        }  # fmt: skip
-        report.add(
-            f"{name}.latency_ms.p50", percentile(latencies, 0.5), "ms", samples=answered, note=note, **more
-        )
-        passed = {"T_ms": more["T_ms"]}
-        p99 = percentile(latencies, 0.99)
-        report.add(f"{name}.latency_ms.p99", p99, "ms", samples=answered, note=note, **passed)
-        if name == "gate":
-            seen = (
-                "the vault's view, from asking for a reading to judging it, last of each component added up"
-            )
-            report.add("pass.vault_ms", more["T_ms"], "ms", samples=1, note=f"{seen}; right after {what}")
-        rps = answered / found["seconds"]
-        throughput = {"gate.16x16": "gate.throughput_rps", "gate.16x1": "gate.throughput_rps.16x1"}
-        report.add(throughput.get(name, f"{name}.rps"), rps, "requests/s", samples=answered, note=note)
-
-
-def pass_times(host: Host) -> tuple[float, float]:
-    """(seconds in batches, number of batches) so far."""
-    found = counted(host, "hostd_batch_seconds_")
-    return found["hostd_batch_seconds_sum"], found["hostd_batch_seconds_count"]
-
-
-def pass_ms(host: Host) -> float:
-    """The vault's own view: from asking to having the latest reading, of all components, added up."""
-    status = host.status()
-    assert status is not None
-    return sum(component.cost_ms for component in status.components)
 
 
 def memory(report: Report, host: Host) -> None:
@@ -226,7 +105,7 @@ def main() -> None:
             until(lambda: client.health().gate == "open", "the gate is open")
             measuring.idle(report, host)
             key = client.create_key().key.id
-            gate(report, host, key, seconds)
+            gate.measure(report, host, key, seconds, place)
             memory(report, host)
             start(report, host, 3)
         imports(report)

@@ -54,6 +54,7 @@ HELP: Final[dict[str, str]] = {
     "hostd_requests_total": "Gated requests by operation and outcome",
     "hostd_tpm_errors_total": "TPM commands that failed, by kind",
     "hostd_tpm_quote_seconds": "Duration of a quote, queueing included",
+    "hostd_tpm_read_seconds": "Duration of reading the PCRs for a batch (gate.tpm = read), queueing included",
     "hostd_waiting_requests": "Requests waiting at the gate",
     "hostd_withheld_total": "Answers withheld after the second look",
 }

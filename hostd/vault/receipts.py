@@ -164,9 +164,7 @@ class Receipts:
             if needle not in line or _DECODE(line).tenant != tenant:
                 continue
             proof = tuple(self._ledger.tree.inclusion(last, head.size))
-            entries.append(
-                ops.AuditEntry(last, line.decode(), proof, withheld=self._withheld(last))
-            )
+            entries.append(ops.AuditEntry(last, line.decode(), proof, withheld=self._withheld(last)))
             size += len(line) + 48 * len(proof)
             if len(entries) >= asked.limit or size >= PAGE_BYTES:
                 break

@@ -9,9 +9,9 @@ import pytest
 from guestlib.errors import DeniedError, HostdError, OverloadedError, RefusedDriftError, UnavailableError
 from hostd.core.callers import Caller
 from hostd.vault import refusals as module
-from hostd.vault.batches import Job
 from hostd.vault.counters import Counters
 from hostd.vault.ledger import Entry, Ledger, LedgerError
+from hostd.vault.recording import Job
 from hostd.vault.refusals import Refusals
 from hostd.vault.waiting import Waiting
 
@@ -52,7 +52,7 @@ def break_disk(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Callable[[], 
         raise OSError(28, "No space left on device")
 
     def now() -> None:
-        monkeypatch.setattr(os, "write", full)
+        monkeypatch.setattr(os, "pwrite", full)
 
     return now
 

@@ -318,7 +318,7 @@ class Measuring:
         elif isinstance(record, measuring.Suspended) and asked.suspended is not None:
             self._asks.done(asked)
             asked.suspended(record.done, record.detail)
-        elif asked.survey is not None or isinstance(record, measuring.Suspended):
+        elif asked.survey or asked.suspended or isinstance(record, measuring.Suspended):
             self._lose("the measurer answered what was not asked")
         else:
             self._asks.done(asked)

@@ -22,6 +22,18 @@ def test_drift_is_plain_lines() -> None:
     assert list(drift_lines(adm.Drift(()))) == ["no drift"]
 
 
+def test_drift_says_how_each_step_ended() -> None:
+    steps = (
+        adm.ReactionLine("refuse", "done", NASTY),
+        adm.ReactionLine("poison", "failed", "no TPM"),
+        adm.ReactionLine("shred", "waiting", ""),
+    )
+    lines = list(drift_lines(adm.Drift((adm.DriftLine("files", 0, 7, (), steps),))))
+    assert len(lines) == 4
+    assert all(line.isprintable() for line in lines)
+    assert lines[2:] == ["  poison      FAILED: no TPM", "  shred       waiting"]
+
+
 def test_findings_have_named_fields_for_programs() -> None:
     (line,) = plain(adm.Drift((adm.DriftLine("files", 0, 7, (FINDING,)),)))["drift"]
     assert set(line["findings"][0]) == {"code", "severity", "subject", "where", "expected", "seen"}

@@ -13,12 +13,23 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from hostd.config import Config, Host, Hypervisor, Users
+from hostd.config import Config, Drift, Host, Hypervisor, Reaction, Users
 from hostd.core.findings import Kind
+from hostd.core.reacting import Step
 from hostd.core.reading_kernel import KernelReading
 from hostd.core.readings import GuestsReading, ImaReading, Missing, PostureReading
 from hostd.ipc.channel import HEADER, Channel, encode
-from hostd.ipc.measuring import Answer, Ask, AskFile, AskSurvey, Hello, Response, SurveyPart
+from hostd.ipc.measuring import (
+    Answer,
+    Ask,
+    AskFile,
+    AskSurvey,
+    AskSuspend,
+    Hello,
+    Response,
+    SurveyPart,
+    Suspended,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,6 +140,55 @@ def test_asks_are_answered_in_order(running: Running) -> None:
         assert not answer.reading.absent or answer.seq == 5  # a machine without a boot event log
     assert all(answer.cost_ns > 0 for answer in answers)
     channel.close()
+
+
+TEST_VM = "6695eb01-f6a4-8304-79aa-97f2502e193f"
+"""The one domain of libvirt's test driver."""
+
+
+def test_nothing_is_suspended_that_no_reaction_suspends(running: Running) -> None:
+    channel = running.connect()
+    receive(channel)
+    channel.send(AskSuspend(7, TEST_VM, True))
+    (outcome,) = receive(channel)
+    assert outcome == Suspended(7, False, "no reaction of this configuration suspends")
+    channel.close()
+
+
+@pytest.mark.parametrize("vm", ["", "web", TEST_VM.upper(), TEST_VM + "\n", "../" + TEST_VM[3:]])
+def test_a_machine_has_a_uuid_or_the_connection_ends(running: Running, vm: str) -> None:
+    channel = running.connect()
+    receive(channel)
+    channel.sock.send(encode([AskSuspend(7, vm, True)]))
+    assert closed(channel)
+    channel.sock.close()
+
+
+def test_a_machine_is_suspended_beside_other_asks(tmp_path: Path) -> None:
+    pytest.importorskip("libvirt")
+    if os.geteuid() != 0:
+        pytest.skip("frames are shown to root only")
+    reaction = Reaction((Kind.PROCESS,), (Step.SUSPEND_VM,))
+    config = msgspec.structs.replace(
+        config_for(tmp_path),
+        hypervisor=Hypervisor(binaries=("/nonexistent/qemu",), libvirt_uri="test:///default"),
+        drift=Drift(reactions=(reaction,)),
+    )
+    started = Running(config)
+    channel = started.connect()
+    receive(channel)
+    channel.send(AskSuspend(1, TEST_VM, True), Ask(2, Kind.POSTURE))
+    answers = {record.seq: record for record in receive(channel, 2)}
+    assert answers[1] == Suspended(1, True, "the VM is suspended")
+    assert isinstance(answers[2], Answer)
+    note = config.run / f"measurer.suspended-{TEST_VM}"
+    assert note.exists()
+    channel.send(AskSuspend(3, TEST_VM, False))
+    (outcome,) = receive(channel)
+    assert (outcome.seq, outcome.done) == (3, True)
+    assert not note.exists()
+    channel.close()
+    assert started.stop() == 0
 
 
 def test_another_uid_is_refused(tmp_path: Path) -> None:

@@ -560,3 +560,50 @@ def test_no_verdict_comes_after_the_loss(measurer: Measurer) -> None:
     assert len(measurer.told.lost) == 1
     assert len(measurer.judge.shown) == 1
     assert measurer.told.verdicts == []
+
+
+VM_UUID = "aaaaaaaa-0000-4000-8000-000000000001"
+
+
+def test_a_machine_is_suspended_and_one_at_a_time(measurer: Measurer) -> None:
+    told: list[tuple[bool, str]] = []
+    for on in (True, False):
+        measurer.vault.suspend(VM_UUID, on, lambda done, text: told.append((done, text)))
+    measurer.until(lambda: bool(measurer.asked))
+    measurer.settle()
+    (first,) = measurer.asked
+    assert isinstance(first, protocol.AskSuspend)
+    assert (first.vm, first.on) == (VM_UUID, True)
+    measurer.say(protocol.Suspended(first.seq, True, "suspended"))
+    measurer.until(lambda: len(measurer.asked) == 2)
+    second = measurer.asked[1]
+    assert isinstance(second, protocol.AskSuspend)
+    assert not second.on
+    measurer.say(protocol.Suspended(second.seq, False, "no"))
+    measurer.until(lambda: len(told) == 2)
+    assert told == [(True, "suspended"), (False, "no")]
+
+
+def test_whoever_suspends_learns_of_the_loss(measurer: Measurer) -> None:
+    told: list[tuple[bool, str]] = []
+    measurer.vault.suspend(VM_UUID, True, lambda done, text: told.append((done, text)))
+    measurer.until(lambda: bool(measurer.asked))
+    measurer.vault.restart()
+    assert told == [(False, "the measurer was lost")]
+    measurer.vault.suspend(VM_UUID, True, lambda done, text: told.append((done, text)))
+    assert told[1] == (False, "the measurer is not connected")
+
+
+def test_suspended_for_a_reading_ends_the_link(measurer: Measurer) -> None:
+    measurer.vault.ask(POSTURE)
+    measurer.until(lambda: bool(measurer.asked))
+    measurer.say(protocol.Suspended(measurer.asked[0].seq, True, "what?"))
+    assert "not asked" in measurer.lost()
+
+
+def test_a_reading_for_suspended_ends_the_link(measurer: Measurer) -> None:
+    told: list[tuple[bool, str]] = []
+    measurer.vault.suspend(VM_UUID, True, lambda done, text: told.append((done, text)))
+    measurer.until(lambda: bool(measurer.asked))
+    measurer.say(protocol.Answer(measurer.asked[0].seq, Missing(reason="", absent=False), 1))
+    assert "not asked" in measurer.lost()

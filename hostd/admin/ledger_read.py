@@ -161,12 +161,7 @@ def _audited(source: _Source) -> Fault | None:
         return source.leaves(at, max(0, min(count, end - at)))
 
     check = ledgercheck.audit(_upto(source), leaves, source.first, lambda: end, number_of)
-    while True:
-        try:
-            next(check)
-        except StopIteration as done:
-            fault: Fault | None = done.value
-            return fault
+    return ledgercheck.fault_of(check)
 
 
 def _upto(source: _Source) -> Iterator[list[bytes]]:

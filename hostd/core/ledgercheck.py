@@ -36,7 +36,7 @@ def audit(
     number_of: Callable[[bytes], int | None],
 ) -> Generator[int, None, Fault | None]:
     """Compares the lines of entries `start` to `size()` - 1 (with their newlines, in chunks). Yields up to
-    which entry they agree; returns the first that is not as it should be, if any. `size` may grow meanwhile."""
+    which entry they agree; returns the first that is not, if any. `size` may grow meanwhile."""
     at = start
     for chunk in lines:
         bodies = [line.removesuffix(b"\n") for line in chunk]
@@ -94,3 +94,13 @@ def _place(
 
 def _entries(first: int, last: int) -> str:
     return f"entry {first} is" if first == last else f"entries {first} to {last} are"
+
+
+def fault_of(check: Generator[int, None, Fault | None]) -> Fault | None:
+    """Runs an audit to its end."""
+    while True:
+        try:
+            next(check)
+        except StopIteration as end:
+            fault: Fault | None = end.value
+            return fault

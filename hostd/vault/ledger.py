@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import time
-from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -24,8 +23,8 @@ import msgspec
 from guestlib.attest.merkle import leaf_hash
 from hostd.core import ledgercheck
 from hostd.core.entry import MAX_ENTRY_BYTES, ArchivedError, Entry, LedgerError, Rotation
-from hostd.core.merkle import Frontier
-from hostd.platform.segments import Offsets, Segments, chunks, closed_name, number_of, write_all
+from hostd.platform.segments import Offsets, Segment, Segments, chunks, closed_name, number_of, write_all
+from hostd.vault.lines import BLOCK, Lines
 from hostd.vault.opening import NOTED, NOTHING_SIGNED, Last, Notes, Reading, Signed, last_segment
 from hostd.vault.treefile import TreeFile
 
@@ -33,15 +32,11 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
     from pathlib import Path
 
-    from hostd.platform.segments import Segment
-
 __all__ = ["MAX_ENTRY_BYTES", "NOTHING_SIGNED", "ArchivedError", "Entry", "Ledger", "LedgerError", "Signed"]
 
 SEGMENT_ENTRIES: Final = 1 << 16
 SEGMENT_BYTES: Final = 64 << 20
 """A segment that has either is closed. With a batch more, it is what opening reads."""
-BLOCK: Final = 256
-"""Lines that `stretch` and `entries` read at once."""
 
 _ENCODER: Final = msgspec.json.Encoder()
 _DECODER: Final = msgspec.json.Decoder(Entry)
@@ -70,6 +65,7 @@ class Ledger:
         self._notes = Notes()
         self._size_before = 0
         """Bytes of the closed segments."""
+        self._fd = -1
         self._end = 0
         """Bytes of the open one, durable."""
         self._position = 0
@@ -79,7 +75,8 @@ class Ledger:
             last = last_segment(self._segments)
             self._segments.folder.mkdir(mode=0o750, exist_ok=True)
             self._offsets = Offsets(self._segments.folder)
-            self.tree = TreeFile(self._segments.folder, self._hashes)
+            self._lines = Lines(self._segments, self._offsets, lambda: self._durable)
+            self.tree = TreeFile(self._segments.folder, self._lines.hashes)
             self._open(last, signed)
         except OSError as error:
             raise LedgerError(f"{error.filename or path}: {error.strerror}") from error
@@ -141,7 +138,7 @@ class Ledger:
                 lambda: end,
                 number_of,
             )
-            fault = _found(check)
+            fault = ledgercheck.fault_of(check)
             if fault is not None:
                 return f"{path.name} line {fault.at - first + 1}: {fault.what}"
         return "entries were edited, replaced or reordered"
@@ -219,6 +216,11 @@ class Ledger:
             raise LedgerError(f"ledger is closed: {self._failed}")
         if entry.seq != self.tree.size:
             raise ValueError(f"entry {entry.seq} at place {self.tree.size}")
+        self._put(entry)
+        if entry.event in NOTED:
+            self._notes.note(entry)
+
+    def _put(self, entry: Entry) -> None:
         body = _ENCODER.encode(entry)
         if len(body) >= MAX_ENTRY_BYTES:
             raise ValueError("entry is too long")
@@ -226,8 +228,6 @@ class Ledger:
         self._offsets.add(self._position)
         self._position += len(body) + 1
         self.tree.append(leaf_hash(body))
-        if entry.event in NOTED:
-            self._notes.note(entry)
 
     def sync(self) -> None:
         """Writes what was appended and waits for the disk.
@@ -245,9 +245,9 @@ class Ledger:
             self._offsets.settle()
             if self.tree.size - self._segments.open_first >= self._limits[0] or self._end >= self._limits[1]:
                 self._rotate()
-        except OSError as error:
-            # The entries are durable. What is beside them is not, and no more may be built on it.
-            self._failed = error.strerror or str(error)
+        except (OSError, LedgerError) as error:
+            # The entries are durable, and so the answers may leave. No more may be built on what failed.
+            self._failed = self._failed or str(error)
 
     def _write(self) -> None:
         data = b"".join(self._buffer)
@@ -283,28 +283,27 @@ class Ledger:
         first = self._segments.open_first
         target = self._segments.folder / closed_name(first)
         os.rename(self.path, target)
-        _sync_folder(self._segments.folder)
-        os.close(self._fd)
-        self._segments.closed.append(self._segments.of(first)[0]._replace(path=target))
+        self._segments.closed.append(Segment(first, target))
+        self._segments.open_first = self.tree.size
         self._size_before += self._end
+        self._end = self._position = 0
+        _sync_folder(self._segments.folder)
         self._begin_segment(first)
 
     def _begin_segment(self, previous: int) -> None:
         """Writes `rotate` and what it carries, durable at once."""
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+        new = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = new
         self._segments.open_first, self._segments.open_path = self.tree.size, self.path
         seq = self.tree.size
-        self._end = self._position = 0
         now = time.time_ns() // 1_000_000
         carried = self._notes.carry(seq + 1, now, self._segments.first)
         self._notes.withheld[:] = [run for run in self._notes.withheld if run[1] >= self._segments.first]
         rotation = Rotation(previous, len(carried), self.tree.edge)
         for entry in (Entry(seq, now, "rotate", "done", rotation=rotation), *carried):
-            body = _ENCODER.encode(entry)
-            self._buffer.append(body + b"\n")
-            self._offsets.add(self._position)
-            self._position += len(body) + 1
-            self.tree.append(leaf_hash(body))
+            self._put(entry)
         self._write()
         self.tree.settle()
         self._offsets.settle()
@@ -337,65 +336,7 @@ class Ledger:
             LedgerError: the file does not read, or a line is another: which entry.
             ArchivedError: they begin in a segment that was archived.
         """
-        end = min(start + count, self._durable)
-        found: list[bytes] = []
-        while 0 <= start < end:
-            segment, following = self._segments.of(start)
-            upto = min(end, start + BLOCK, end if following is None else following)
-            found += self._read(segment, start, upto)
-            start = upto
-        return found
-
-    def _read(self, segment: Segment, start: int, end: int) -> list[bytes]:
-        expected = self.tree.leaves(start, end - start)
-        for attempt in range(2):
-            try:
-                lines = self._lines_at(segment, self._offsets.get(start), end - start)
-            except OSError as error:
-                raise LedgerError(f"{segment.path}: {error.strerror}") from error
-            hashes = [leaf_hash(line) for line in lines]
-            if hashes == expected:
-                return lines
-            if attempt == 0:
-                # The offset is derived: found anew from the entries before anything is held against them.
-                self._index(segment)
-        at = next(
-            (i for i, pair in enumerate(zip(hashes, expected, strict=False)) if pair[0] != pair[1]),
-            len(hashes),
-        )
-        raise LedgerError(
-            f"{self._segments.place(start + at)} is not entry {start + at} as it was recorded "
-            "(`hostctl ledger verify` tells more)"
-        )
-
-    @staticmethod
-    def _lines_at(segment: Segment, offset: int, count: int) -> list[bytes]:
-        with segment.path.open("rb") as file:
-            file.seek(offset)
-            lines = list(islice(iter(lambda: file.readline(MAX_ENTRY_BYTES + 1), b""), count))
-        return [line.removesuffix(b"\n") for line in lines]
-
-    def _index(self, segment: Segment) -> None:
-        number, at = segment.first, 0
-        try:
-            for lines in chunks(segment.path):
-                offsets = []
-                for line in lines:
-                    offsets.append(at)
-                    at += len(line)
-                self._offsets.put(number, offsets)
-                number += len(lines)
-        except OSError as error:
-            raise LedgerError(f"{self._offsets.path}: {error.strerror}") from error
-
-    def _hashes(self, start: int, end: int) -> Iterator[list[bytes]]:
-        """Leaf hashes of entries as they are on the disk."""
-        for lines in self._segments.lines(start):
-            some = lines[: end - start]
-            yield [leaf_hash(line.removesuffix(b"\n")) for line in some]
-            start += len(some)
-            if start >= end:
-                return
+        return self._lines.stretch(self.tree, start, count)
 
     def entries(self, start: int, count: int) -> Iterator[Entry]:
         """Durable entries from `start` on. Raises: as `stretch`."""
@@ -406,28 +347,12 @@ class Ledger:
                 return
 
     def audit(self) -> Generator[int, None, ledgercheck.Fault | None]:
-        """Compares every line on the disk with what was recorded; yields how far it has come, and returns the
-        first entry that is not (`ledgercheck.audit`). Entries may be appended meanwhile.
-
-        Raises:
-            LedgerError: the files do not read.
-        """
-        first = self._segments.first
-        lines = self._segments.lines(first)
-        return ledgercheck.audit(lines, self.tree.leaves, first, lambda: self._durable, number_of)
+        """`Lines.audit` of all that is not archived."""
+        return self._lines.audit(self.tree)
 
     def place(self, index: int) -> str:
         """File and line of an entry, for people."""
         return self._segments.place(index)
-
-    def edge_of(self, size: int) -> Frontier:
-        """Edge of the tree of the first `size` entries. Raises: LedgerError."""
-        nodes, at = [], 0
-        for level in reversed(range(size.bit_length())):
-            if size >> level & 1:
-                nodes.append(self.tree.node(level, at >> level))
-                at += 1 << level
-        return Frontier(size, nodes)
 
     def close(self) -> None:
         if self._failed is None:
@@ -439,16 +364,6 @@ class Ledger:
         os.close(self._fd)
         self.tree.close()
         self._offsets.close()
-
-
-def _found(check: Generator[int, None, ledgercheck.Fault | None]) -> ledgercheck.Fault | None:
-    """Runs an audit to its end."""
-    while True:
-        try:
-            next(check)
-        except StopIteration as end:
-            found: ledgercheck.Fault | None = end.value
-            return found
 
 
 def _sync_folder(folder: Path) -> None:

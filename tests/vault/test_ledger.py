@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from guestlib.attest.merkle import leaf_hash
-from hostd.core.ledgercheck import Fault
+from hostd.core.ledgercheck import Fault, fault_of
 from hostd.vault.ledger import MAX_ENTRY_BYTES, Entry, Ledger, LedgerError
 from tests.support.merkletree import Tree
 from tests.vault.support_keys import entry
@@ -33,13 +33,7 @@ def root_of(lines: list[bytes]) -> bytes:
 
 
 def found(ledger: Ledger) -> Fault | None:
-    check = ledger.audit()
-    while True:
-        try:
-            next(check)
-        except StopIteration as end:
-            fault: Fault | None = end.value
-            return fault
+    return fault_of(ledger.audit())
 
 
 def test_entries_are_leaves_in_order_and_survive(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from hostd.ipc.loop import Loop
 from hostd.ipc.measuring import Answer, Ask, AskFile, Hello, Hint, Response
 from hostd.measurer.apart import Apart
 from hostd.measurer.server import MAX_WAITING, Server, listen
+from hostd.measurer.suspender import Suspender
 
 STEP_S = 0.002
 VM = "aaaaaaaa-0000-4000-8000-000000000001"
@@ -87,6 +88,7 @@ class Bench:
             self.listener,
             cast("Any", self.measurer),
             self.apart,
+            Suspender("test:///default", path.parent, allowed=False),
             vault_uid=os.geteuid(),
             epoch=bytes(16),
         )

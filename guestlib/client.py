@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from guestlib.trust import Trust
-    from guestlib.wire.session import ReceiptWanted
+    from guestlib.wire.messages import ReceiptWanted
 
 RESENT: Final = frozenset(
     {

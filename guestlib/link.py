@@ -22,8 +22,7 @@ from guestlib.wire.session import ClientSession, Phase
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from guestlib.wire.messages import Hello, Result
-    from guestlib.wire.session import ReceiptWanted
+    from guestlib.wire.messages import Hello, ReceiptWanted, Result
 
 HOST_CID: Final = 2
 """VMADDR_CID_HOST: the host, seen from a guest (vsock(7))."""

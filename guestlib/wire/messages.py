@@ -8,13 +8,17 @@ are ignored, because hosts may only ever add some.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from guestlib.errors import HostdError, TransportError, from_wire
 from guestlib.wire.fields import Fields as _Fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+ReceiptWanted = Literal["none", "reference", "full"]
+"""What of its receipt goes with an answer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,14 +17,13 @@ import base64
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from guestlib.attest.canonical import canonical, canonical_request
 from guestlib.errors import HostdError, TransportError, from_wire
 from guestlib.wire import codec, messages
 
 VERSIONS: Final = (1,)
-ReceiptWanted = Literal["none", "reference", "full"]
 
 
 class Phase(enum.Enum):
@@ -88,7 +87,7 @@ class ClientSession:
         return codec.encode_message({"id": 0, "op": "hello", "args": args})
 
     def send_request(
-        self, operation: str, args: Mapping[str, Any], *, receipt: ReceiptWanted, deadline_ms: int
+        self, operation: str, args: Mapping[str, Any], *, receipt: messages.ReceiptWanted, deadline_ms: int
     ) -> tuple[int, bytes]:
         """A request's id and its frame. `bytes` in `args` become base64, None is left out.
 

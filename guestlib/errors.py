@@ -146,6 +146,12 @@ class InvalidSignatureError(VerificationError):
         self.ledger = ledger
 
 
+class InvalidFileError(VerificationError):
+    """An encrypted file (`guestlib.files`) was altered, cut, or is not for this additional data."""
+
+    code = "invalid_file"
+
+
 _WIRE_CLASSES: tuple[type[HostdError], ...] = (
     MalformedError,
     UnauthenticatedError,

@@ -33,7 +33,8 @@ IO_MODULES = {
 OWNERS = {
     "click": ("hostd/admin/*",),
     "cryptography": (
-        *("guestlib/attest/*", "hostd/vault/primitives.py", "hostd/vault/channelca.py"),
+        *("guestlib/attest/*", "guestlib/filestream.py"),
+        *("hostd/vault/primitives.py", "hostd/vault/channelca.py"),
         *("hostd/vault/evidence.py", "hostd/measurer/tags.py"),
         *("hostd/platform/tpm*.py", "hostd/platform/swtpm.py"),
     ),

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 SOCKET_NAME: Final = "measurer.sock"
 EPOCH_BYTES: Final = 16
-LARGE_BYTES: Final = 256 << 10
+LARGE_BYTES: Final = 1 << 20
 """Nothing that readings use again and again is as large: a QEMU's page table entries take 85 kB."""
+SPARE_BYTES: Final = 8 << 20
+"""Kept at the heap's end: readings that gave back and took again what they need would pay for page faults."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 STUCK_S: Final = 60.0
 """One part of the kernel takes milliseconds; on an emulated machine some hundred."""
@@ -89,7 +91,7 @@ def give_memory_back() -> None:
     or a file's symbols."""
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
-    libc.mallopt(_M_TRIM_THRESHOLD, LARGE_BYTES)
+    libc.mallopt(_M_TRIM_THRESHOLD, SPARE_BYTES)
 
 
 def thaw(config: Config) -> None:

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from guestlib import errors
+from guestlib import errors, filecommands, receiptcommands
 from guestlib.attest.bundle import MAX_BUNDLE_BYTES, TrustBundle, parse_bundle
 from guestlib.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client
 from guestlib.trust import Trust
@@ -47,6 +47,7 @@ _HINTS: Final[dict[type[errors.HostdError], str]] = {
     errors.DeadlineError: "try again with a longer --timeout",
     errors.TransportError: "is hostd running on the host, and is --address right? (vsock:2:7700, unix:PATH)",
     errors.InvalidSignatureError: "message, signature and key must be the ones that belong together",
+    errors.InvalidFileError: "use nothing of what came out; give the whole file, and the same --aad",
     errors.VerificationError: "do not use this host until you know why (the steps are in docs/protocol.md)",
 }
 
@@ -129,6 +130,8 @@ def to_json(value: Any) -> Any:
 
 def show(options: argparse.Namespace, result: Any, raw: bytes | str) -> None:
     """The whole result with --json; else the part that a pipe wants: bytes as they are, text as a line."""
+    if options.receipt:
+        receiptcommands.save(options.receipt, result)
     if options.json:
         print(json.dumps(to_json(result)))
     elif isinstance(raw, bytes):
@@ -231,6 +234,12 @@ def shred(client: Client, o: argparse.Namespace) -> None:
     show(o, result, key_line(result.key))
 
 
+def file_command(client: Client, o: argparse.Namespace) -> None:
+    result = filecommands.run(client, o, parse_aad(o.aad))
+    if o.json and o.out != "-":
+        print(json.dumps(to_json(result)))
+
+
 def health(client: Client, o: argparse.Namespace) -> None:
     result = client.health()
     lines = [f"gate: {result.gate}" + (f" ({result.reason})" if result.reason else "")]
@@ -288,6 +297,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_S, metavar="SECONDS")
     parser.add_argument("--json", action="store_true", help="print the whole result")
+    parser.add_argument(
+        "--receipt", metavar="FILE", help="save the receipt, and FILE.request and FILE.answer"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, run: Callable[..., None], *arguments: str, text: str) -> argparse.ArgumentParser:
@@ -323,6 +335,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--yes", action="store_true")
     command("health", health, text="whether the host answers, and if not, why")
 
+    data = commands.add_parser("file", help="encrypt and decrypt files of any size, and pipes")
+    filecommands.add(
+        data.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser), file_command
+    )
+
     evidence = commands.add_parser("evidence", help="what the host's TPM says of the host")
     parts = evidence.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     get = parts.add_parser("get", help="fetch evidence; prints the nonce")
@@ -335,6 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
     verifier.add_argument("evidence", metavar="EVIDENCE")
     verifier.add_argument("--log", required=True, metavar="FILE")
     verifier.add_argument("--nonce", required=True, metavar="HEX")
+    receiptcommands.add_commands(commands, _Parser)
     return parser
 
 
@@ -357,8 +375,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.offline:
             options.run(options)
             return 0
+        wanted: messages.ReceiptWanted = "full" if options.receipt else "reference"
+        trust, timeout_s = read_trust(options), options.timeout
         with Client(
-            read_trust(options), options.address, timeout_s=options.timeout, name="hostd-guest"
+            trust, options.address, timeout_s=timeout_s, name="hostd-guest", receipts=wanted
         ) as client:
             options.run(client, options)
     except (UsageError, ValueError) as error:

@@ -115,3 +115,28 @@ def test_the_rest(run: Callable[..., subprocess.CompletedProcess[bytes]], run_di
         == b"00" * 16 + b"\n"
     )
     assert log.read_bytes() == b"12345"
+
+
+def test_files(run: Callable[..., subprocess.CompletedProcess[bytes]], run_dir: Path) -> None:
+    data = bytes(range(256)) * 3000
+    (run_dir / "plain").write_bytes(data)
+    plain, sealed, back = (str(run_dir / name) for name in ("plain", "sealed", "back"))
+    done = run("--json", "file", "encrypt", "k", plain, "-o", sealed, "--aad", "a=b", "--segment-bits", "16")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["plaintext_bytes"] == len(data)
+    assert (run_dir / "sealed").read_bytes().startswith(b"HDF1\x10")
+    piped = run("file", "encrypt", "k", "--aad", "a=b", data=data)
+    assert piped.returncode == 0
+    assert piped.stderr == b""  # no terminal, no progress
+    assert b"k" * 32 not in piped.stdout
+    # The simulator opens every ciphertext to something: that it is no data key is found here.
+    refused = run("file", "decrypt", sealed, "-o", back, "--aad", "a=b")
+    assert (refused.returncode, refused.stdout) == (6, b"")
+    assert b"invalid_file" in refused.stderr
+    assert b"hint: use nothing" in refused.stderr
+    for wrong in ([str(run_dir / "none")], [plain, "-o", str(run_dir)]):
+        assert run("file", "encrypt", "k", *wrong).returncode == 2
+    assert run("file", "encrypt", "missing", plain).returncode == 3
+    names = {path.name for path in run_dir.iterdir()}
+    assert "back" not in names
+    assert not [name for name in names if name.endswith(".part")]

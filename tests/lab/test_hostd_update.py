@@ -67,7 +67,7 @@ def test_an_update_of_the_package_while_machines_run(running: Running) -> None:
             # Everything is judged anew, the kernel compared too: here that takes longer than a request may.
             asking.answered_once_more(WAIT_S)
             host.run(["dpkg", "-i", DEB], 600.0)
-            assert host.run(["readlink", f"/proc/{running.alice.qemu_pid}/exe"]).text.endswith("(deleted)\n")
+            assert host.run(["readlink", f"/proc/{running.alice.qemu_pid}/exe"]).text.endswith("(deleted)")
             asking.answered_once_more()
             carol.start()
             wait_verified(running, carol)

@@ -355,15 +355,18 @@ class Ledger:
         return self._segments.place(index)
 
     def close(self) -> None:
-        if self._failed is None:
+        """Safe to call twice."""
+        if self._failed is None and self._fd >= 0:
             try:
                 self.tree.flush()
                 self._offsets.flush()
             except OSError:
                 pass  # derived: the next start makes them again
-        os.close(self._fd)
-        self.tree.close()
-        self._offsets.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self.tree.close()
+            self._offsets.close()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -108,6 +108,7 @@ class LedgerDesk:
         def slice_() -> None:
             end = time.monotonic() + SLICE_S
             try:
+                next(check)
                 while time.monotonic() < end:
                     next(check)
             except StopIteration as done:

@@ -111,7 +111,8 @@ class Gate(Section, frozen=True):
     waiting_per_caller: Small = 1024
     """Requests of one caller that may wait; over it: `overloaded`, at once."""
     batch: Small = 1024
-    """Most requests executed under one pass and one quote."""
+    """Most work under one pass and one quote, in plain requests (some 16 µs each, `hostd/vault/cost.py`): a
+    signature of RSA-3072 counts as 38, a batch operation by its items."""
     tpm: Literal["quote", "read"] = "quote"
     """What the TPM says of each batch: a quote of its own, or (where a signature takes long) its PCRs, read
     in an authenticated session, and one quote for all of them every `quote_every_s` (docs/gate.md)."""

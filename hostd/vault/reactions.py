@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from hostd.config import Drift as Settings
     from hostd.core.findings import Finding
-    from hostd.ipc.loop import Loop
+    from hostd.ipc.loop import Loop, Timer
     from hostd.vault.counters import Counters
     from hostd.vault.custody import Custody, House
     from hostd.vault.keyring import Keyring
@@ -84,6 +84,16 @@ class Book(msgspec.Struct, array_like=True, frozen=True):
     resume: tuple[str, ...] = ()
 
 
+def read_book(raw: bytes | None) -> Book:
+    """The store's row; empty if there is none or it is damaged: then the ledger's word is all there is."""
+    if raw is None:
+        return Book()
+    try:
+        return msgspec.msgpack.decode(raw, type=Book)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return Book()
+
+
 @dataclass(eq=False, slots=True)
 class _Course:
     component: Component
@@ -127,6 +137,7 @@ class Reactions:
         self._courses: dict[Component, _Course] = {}
         self._resume: list[str] = []
         self._resume_failed: set[str] = set()
+        self._resume_again: Timer | None = None
 
     # ── Deciding ──────────────────────────────────────────────────────────────────────────────────
 
@@ -285,8 +296,8 @@ class Reactions:
         self._counters.count("hostd_reactions_total", step="resume-vm", outcome=outcome)
         if ok:
             self._resume.remove(vm)
-        else:
-            self._loop.call_after(RETRY_S, self.resume)
+        elif self._resume_again is None or not self._resume_again.pending:  # one, for however many VMs
+            self._resume_again = self._loop.call_after(RETRY_S, self.resume)
         if ok or vm not in self._resume_failed:
             with suppress(HostdError):
                 self._house.record("reaction", outcome=outcome, subject=vm, detail=f"resume-vm | {text}")
@@ -333,10 +344,7 @@ class Reactions:
         `open_drift`: the ledger's open drifts, component → entry. A drift that neither knows a plan of is
         one of an earlier version: nothing follows but what followed then.
         """
-        try:
-            book = msgspec.msgpack.decode(self._store.meta(_BOOK) or b"\x90", type=Book)
-        except msgspec.MsgspecError:
-            book = Book()
+        book = read_book(self._store.meta(_BOOK))
         said = self._said(open_drift)
         for component in latched:
             name = str(component)

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from guestlib.errors import HostdError, NotFoundError, UnavailableError
 from hostd.config import Config, Reaction
@@ -386,6 +388,56 @@ def test_a_damaged_row_is_made_good_from_the_ledger(bench: Bench, row: bytes | N
     assert bench.machines.asked == [(VM_A, True)]
     assert lines(vault, FILES) == {"refuse": "done", "lock": "done"}
     assert vault.custody.held
+
+
+BOOK = msgspec.msgpack.encode(
+    reactions.Book(
+        {str(PROCESS): reactions.Work(reactions.Plan((Step.REFUSE, Step.POISON), "red"), (Step.REFUSE,))},
+        (VM_B,),
+    )
+)
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_a_row_or_none(raw: bytes) -> None:
+    assert isinstance(reactions.read_book(raw), reactions.Book)
+
+
+@given(st.integers(0, len(BOOK) - 1), st.integers(1, 255))
+def test_a_changed_byte_of_the_row_breaks_nothing(at: int, change: int) -> None:
+    changed = bytearray(BOOK)
+    changed[at] ^= change
+    book = reactions.read_book(bytes(changed))
+    assert all(step in Step for work in book.open.values() for step in (*work.plan.steps, *work.done))
+    assert reactions.read_book(BOOK[:at]) == reactions.Book()
+    assert reactions.read_book(BOOK + b"\0") == reactions.Book()
+
+
+def test_many_machines_that_are_not_resumed_are_asked_for_in_turn(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reactions, "RETRY_S", 0.01)
+    vault = bench.start(Step.SUSPEND_VM)
+    for vm in (VM_A, VM_B):
+        vault.find(process_of(vm))
+    bench.machines.fails = True
+    for vm in (VM_A, VM_B):
+        vault.clear(process_of(vm))
+    rounds = 0
+    resume = vault.drift.reactions.resume
+
+    def counted() -> None:
+        nonlocal rounds
+        rounds += 1
+        resume()
+
+    monkeypatch.setattr(vault.drift.reactions, "resume", counted)
+    bench.machines.asked.clear()
+    while len(bench.machines.asked) < 20:
+        bench.loop.run_once(1.0)
+    # One round follows another: it does not become more with each.
+    assert len(bench.machines.asked) <= 2 * (rounds + 1)
+    assert said(vault).count((VM_A, "resume-vm", "failed")) == 1
 
 
 def test_a_finding_cannot_say_what_follows(bench: Bench) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support_tpm import Embedded
 
 from guestlib.attest.binding import pass_qualifying
+from guestlib.attest.bundle import TrustBundle
+from guestlib.attest.checkpoint import encode_checkpoint, parse_checkpoint, verify_checkpoint
+from guestlib.attest.signedhead import SignedHead
+from guestlib.errors import VerificationError
 from hostd.platform.tpm import Tpm
 from hostd.vault.heads import Heads, first_head
 from hostd.vault.ledger import Entry, Ledger, LedgerError
@@ -66,6 +71,37 @@ def test_entries_after_the_head_are_fine(signed: Path, host: Embedded) -> None:
     ledger.sync()
     ledger.close()
     assert check(signed, host.record.ak_public) == ENTRIES
+
+
+def note_of(tpm: Tpm, host: Embedded, size: int, root: bytes, told: int) -> bytes:
+    """A checkpoint of `size`, with a quote that the TPM made for a ledger of `told` entries."""
+    quoted = Quoted(*tpm.quote_with_pcrs(pass_qualifying(7, DIGEST, told, root), (0, 10)))
+    quote = quoted.quote
+    head = SignedHead(told, root, 7, DIGEST, quote.attest, quote.signature, quoted.pcrs)
+    made = encode_checkpoint(
+        "hostd-ledger/x", head, host.record.ak_public, bytes(32), lambda _body: bytes(64)
+    )
+    return made.replace(b"\n%d\n" % told, b"\n%d\n" % size, 1)
+
+
+def test_the_tpm_vouches_for_a_checkpoint(tpm: Tpm, host: Embedded, own_host: Embedded) -> None:
+    """Without the ledger's own key: whoever pins the attestation key needs no other."""
+    root = bytes(range(32))
+    checkpoint = parse_checkpoint(note_of(tpm, host, 12, root, 12))
+    trusting = TrustBundle(frozenset({"x"}), aks=(host.record.ak_public,))
+    assert verify_checkpoint(checkpoint, trusting) == ("TPM quote",)
+    with pytest.raises(VerificationError, match="another head"):
+        verify_checkpoint(parse_checkpoint(note_of(tpm, host, 13, root, 12)), trusting)
+    with pytest.raises(VerificationError, match="no key of the trust bundle"):
+        verify_checkpoint(checkpoint, TrustBundle(frozenset({"x"}), aks=(own_host.record.ak_public,)))
+    pinned = TrustBundle(frozenset({"x"}), aks=trusting.aks, pcrs=((0, frozenset({bytes(range(32))})),))
+    with pytest.raises(VerificationError, match="PCR 0"):
+        verify_checkpoint(checkpoint, pinned)
+    # The quote of an attestation key that is known, altered.
+    name, id_, quote = checkpoint.signatures[1]
+    forged = replace(checkpoint, signatures=((name, id_, quote.replace(b'"pass":7', b'"pass":8')),))
+    with pytest.raises(VerificationError):
+        verify_checkpoint(forged, trusting)
 
 
 def test_a_missing_head_is_refused(tmp_path: Path, host: Embedded) -> None:

@@ -1,8 +1,8 @@
 """`python -m tests.bench`: measures the readings (`tests.bench.measuring`), then a whole hostd with one QEMU.
 
 Every figure says how it was taken. T, the time of one complete request-scoped pass of readings, is
-taken in the same run, because a gated request cannot be answered faster. `--only measuring` leaves out
-the hostd.
+taken in the same run, because a gated request cannot be answered faster. `--only measuring` and
+`--only ledger` leave out the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from guestlib.attest.bundle import parse_bundle
-from tests.bench import gate, lab, measuring
+from tests.bench import gate, lab, ledger, measuring
 from tests.bench.report import Report, median
 from tests.e2e.harness import Host, Settings, adopted, directory, machine, until
 from tests.support.qemu import copy_of_qemu
@@ -84,17 +84,21 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="length of each load (default: %(default)s)"
     )
-    parser.add_argument("--only", choices=["measuring"], help="leave out everything else")
+    parser.add_argument("--only", choices=["measuring", "ledger"], help="leave out everything else")
     arguments = parser.parse_args()
     seconds = arguments.seconds
     if os.geteuid() != 0:
         sys.exit("error: needs root: it reads the memory of a QEMU")
     report = Report()
-    measuring.readings(report)
-    measuring.log(report)
+    if arguments.only != "ledger":
+        measuring.readings(report)
+        measuring.log(report)
+    if arguments.only != "measuring":
+        ledger.ledger(report)
     if arguments.only:
         report.write()
         return
+    receipts.measure(report)
     with directory() as place:
         binary = copy_of_qemu(place)
         with machine(binary), adopted(binary, Settings()) as host:

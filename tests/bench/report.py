@@ -22,6 +22,8 @@ TARGETS: dict[str, dict[str, float]] = {
     "ima.idle_us": {"at_most": 1000},
     "measure.idle_cpu_percent": {"at_most": 1},
     "measure.rss_mb": {"at_most": 60},
+    "ledger.verify_entries_per_s": {"at_least": 100_000},
+    "ledger.open_s": {"at_most": 2},
 }
 PATH = Path("build/bench.json")
 NOISE = "shared machine: compare runs, not single figures"

@@ -7,11 +7,12 @@ base64. The quote's qualifying data is `binding.pass_qualifying(pass, evidence, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from guestlib.attest.binding import pass_qualifying
 from guestlib.attest.ledgerentry import count, unbase64
-from guestlib.attest.quote import VerifiedQuote, attestation_key, verify_quote
+from guestlib.attest.quote import AttestationKey, VerifiedQuote, attestation_key, verify_quote
 from guestlib.attest.steps import Step
 from guestlib.attest.tpm2 import MAX_ATTEST_BYTES, MAX_SIGNATURE_BYTES, parse_public
 from guestlib.errors import MalformedError, VerificationError
@@ -97,13 +98,18 @@ def _verified_quote(head: SignedHead, bundle: TrustBundle) -> VerifiedQuote:
     refused = VerificationError(Step.KEY, "the trust bundle pins no attestation key (aks)")
     for public in bundle.aks:
         try:
-            key = attestation_key(parse_public(public))
-        except MalformedError as error:
-            raise VerificationError(Step.KEY, error.message) from error
-        try:
-            return verify_quote(key, head.attest, head.signature, qualifying, head.pcrs)
+            return verify_quote(_key(public), head.attest, head.signature, qualifying, head.pcrs)
         except VerificationError as error:
             if error.step is not Step.SIGNATURE:
                 raise
             refused = error  # perhaps it is another one's
     raise refused
+
+
+@lru_cache(maxsize=64)
+def _key(public: bytes) -> AttestationKey:
+    """Raises: VerificationError, it is not an attestation key's."""
+    try:
+        return attestation_key(parse_public(public))
+    except MalformedError as error:
+        raise VerificationError(Step.KEY, error.message) from error

@@ -16,6 +16,7 @@ import msgspec
 from guestlib.attest.receipt import FORMAT
 from guestlib.errors import NotFoundError, RefusedDriftError, UnavailableError
 from hostd.core.entry import ArchivedError, Entry, LedgerError
+from hostd.core.proofs import Proofs
 from hostd.ipc import operations as ops
 
 if TYPE_CHECKING:
@@ -34,12 +35,75 @@ AUDIT_COST: Final = 20
 """Units of `Allowance`: a page reads up to `SCAN` lines and makes up to 64 proofs, about a millisecond."""
 SCAN: Final = 1024
 """Ledger lines looked at for one page."""
+MAX_AHEAD: Final = 64
+"""Lines read at once while one receipt after the other of a batch is made."""
 PAGE_BYTES: Final = 96 << 10
 """Of lines and proofs in one page, but for the last: what base64 and JSON make of it fits a frame."""
 
 _ENCODE: Final = msgspec.json.Encoder(order="sorted").encode
 _DECODE: Final = msgspec.json.Decoder(Entry).decode
 _NONE: Final = "no such receipt"
+
+
+def _lines(ledger: Ledger, seq: int, count: int) -> list[bytes]:
+    """Lines from `seq` on, one at least.
+
+    Raises:
+        LedgerError: the file does not read, or is not what was recorded.
+        ArchivedError: they are not there any more.
+    """
+    lines = ledger.stretch(seq, count)
+    if not lines:
+        raise LedgerError(f"{ledger.path}: entry {seq} is missing")
+    return lines
+
+
+class _Sheet:
+    """What receipts under one head have in common, made once: a batch's are made one after the other."""
+
+    def __init__(self, ledger: Ledger, head: Head) -> None:
+        self.head = head
+        self._ledger = ledger
+        self._proofs = Proofs(ledger.tree.node, head.size)
+        self._lines: dict[int, bytes] = {}
+        self._ahead = 1
+        self._pass: tuple[int, msgspec.Raw] | None = None
+        self.encoded = msgspec.Raw(
+            _ENCODE(
+                {
+                    "attest": head.attest,
+                    "evidence": head.evidence_digest,
+                    "pass": head.passed,
+                    "pcrs": head.pcrs,
+                    "root": head.root,
+                    "signature": head.signature,
+                    "size": head.size,
+                }
+            )
+        )
+
+    def line(self, seq: int) -> bytes:
+        """A line under the head, and each time more of those that follow it. Raises: as `_lines`."""
+        found = self._lines.get(seq)
+        if found is None:
+            lines = _lines(self._ledger, seq, min(self._ahead, self.head.size - seq))
+            self._lines = dict(enumerate(lines, seq))
+            self._ahead = min(2 * self._ahead, MAX_AHEAD)
+            found = lines[0]
+        return found
+
+    def inclusion(self, seq: int) -> list[bytes]:
+        return self._proofs.inclusion(seq)
+
+    def place(self, seq: int, line: bytes) -> dict[str, Any]:
+        return {"index": seq, "line": line.decode(), "proof": self.inclusion(seq)}
+
+    def passed(self, seq: int) -> msgspec.Raw:
+        """The place of a `pass` entry. Raises: as `_lines`."""
+        if self._pass is None or self._pass[0] != seq:
+            line = _lines(self._ledger, seq, 1)[0]
+            self._pass = seq, msgspec.Raw(_ENCODE(self.place(seq, line)))
+        return self._pass[1]
 
 
 class Receipts:
@@ -63,10 +127,7 @@ class Receipts:
         self._gate = gate
         self._allowance = allowance
         self._unsettled = unsettled
-        self._head: tuple[Head, msgspec.Raw] | None = None
-        """The head that was encoded last,"""
-        self._pass: tuple[int, int, msgspec.Raw] | None = None
-        """and the pass: tree size, entry, and its place."""
+        self._last: _Sheet | None = None
 
     # ── Documents ─────────────────────────────────────────────────────────────────────────────────
 
@@ -77,48 +138,25 @@ class Receipts:
             LedgerError: the file is not what was written.
             UnavailableError: the keys are locked.
         """
-        line = self._line(seq)
-        return self._document(_DECODE(line), line, head)
+        sheet = self._sheet(head)
+        line = sheet.line(seq)
+        return self._document(_DECODE(line), line, sheet)
 
-    def _document(self, entry: Entry, line: bytes, head: Head) -> bytes:
+    def _sheet(self, head: Head) -> _Sheet:
+        if self._last is None or self._last.head is not head:
+            self._last = _Sheet(self._ledger, head)
+        return self._last
+
+    def _document(self, entry: Entry, line: bytes, sheet: _Sheet) -> bytes:
         return _ENCODE(
             {
-                "entry": self._place(entry.seq, line, head.size),
+                "entry": sheet.place(entry.seq, line),
                 "format": FORMAT,
-                "head": self._encoded_head(head),
-                "pass": self._encoded_pass(entry.pass_entry, head.size),
+                "head": sheet.encoded,
+                "pass": sheet.passed(entry.pass_entry),
                 "salt": self._keyring.salt(entry.tenant, entry.seq),
             }
         )
-
-    def _line(self, seq: int) -> bytes:
-        """A durable line, as the tree has it."""
-        lines = self._ledger.stretch(seq, 1)
-        if not lines:
-            raise LedgerError(f"{self._ledger.path}: entry {seq} is missing")
-        return lines[0]
-
-    def _place(self, seq: int, line: bytes, size: int) -> dict[str, Any]:
-        return {"index": seq, "line": line.decode(), "proof": self._ledger.tree.inclusion(seq, size)}
-
-    def _encoded_head(self, head: Head) -> msgspec.Raw:
-        if self._head is None or self._head[0] is not head:
-            body = {
-                "attest": head.attest,
-                "evidence": head.evidence_digest,
-                "pass": head.passed,
-                "pcrs": head.pcrs,
-                "root": head.root,
-                "signature": head.signature,
-                "size": head.size,
-            }
-            self._head = head, msgspec.Raw(_ENCODE(body))
-        return self._head[1]
-
-    def _encoded_pass(self, seq: int, size: int) -> msgspec.Raw:
-        if self._pass is None or self._pass[:2] != (size, seq):
-            self._pass = size, seq, msgspec.Raw(_ENCODE(self._place(seq, self._line(seq), size)))
-        return self._pass[2]
 
     # ── Asked for later ───────────────────────────────────────────────────────────────────────────
 
@@ -138,14 +176,14 @@ class Receipts:
         head, end = self._settled()
         # Beyond the end another entry is read, so that it takes the same time as one that is not theirs.
         try:
-            line = self._line(min(seq, end - 1))
+            line = _lines(self._ledger, min(seq, end - 1), 1)[0]
         except ArchivedError:
             raise NotFoundError(_NONE) from None
         entry = _DECODE(line)
         theirs = entry.seq == seq and entry.tenant == tenant and entry.event == "operation"
         if not theirs or not entry.request or self._withheld(seq):
             raise NotFoundError(_NONE)
-        return ops.ReceiptResult(self._document(entry, line, head))
+        return ops.ReceiptResult(self._document(entry, line, self._sheet(head)))
 
     def audit(self, caller: Caller, asked: ops.GetAuditLog, now: int) -> ops.AuditLogResult:
         """A page of the entries of the caller's tenant, with proofs to the latest quoted head.
@@ -156,6 +194,7 @@ class Receipts:
         self._allowance.take(caller.principal, AUDIT_COST, now)
         tenant = self._tenant(caller)
         head, end = self._settled()
+        sheet = self._sheet(head)
         start = max(self._ledger.first, 0 if asked.after is None else asked.after + 1)
         needle = b'"tenant":' + msgspec.json.encode(tenant)
         entries: list[ops.AuditEntry] = []
@@ -163,13 +202,13 @@ class Receipts:
         for last, line in enumerate(self._ledger.stretch(start, min(SCAN, max(0, end - start))), start):
             if needle not in line or _DECODE(line).tenant != tenant:
                 continue
-            proof = tuple(self._ledger.tree.inclusion(last, head.size))
+            proof = tuple(sheet.inclusion(last))
             entries.append(ops.AuditEntry(last, line.decode(), proof, withheld=self._withheld(last)))
             size += len(line) + 48 * len(proof)
             if len(entries) >= asked.limit or size >= PAGE_BYTES:
                 break
         more = last + 1 < end
-        return ops.AuditLogResult(bytes(self._encoded_head(head)), tuple(entries), last if more else None)
+        return ops.AuditLogResult(bytes(sheet.encoded), tuple(entries), last if more else None)
 
     def _tenant(self, caller: Caller) -> str:
         tenant = self._membership.tenant_of(caller.principal)

@@ -290,6 +290,9 @@ def test_a_form_that_is_not_the_one_form_is_refused() -> None:
         sealer.seal(bytes(SEGMENT - 1), last=False)
     with pytest.raises(ValueError, match="no segment"):
         sealer.seal(bytes(SEGMENT + 1), last=True)
+    short = sealer._aead.encrypt(filestream._nonce(0, False), b"short", None)
+    with pytest.raises(FileError):
+        Opener(bytes(32), filestream.parse_header(sealer.header), {}).open(short, last=False)
     empty = sealer._aead.encrypt(filestream._nonce(1, True), b"", None)
     opener = Opener(bytes(32), filestream.parse_header(sealer.header), {})
     opener.open(full, last=False)

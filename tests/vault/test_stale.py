@@ -179,6 +179,14 @@ def test_lock_acts_at_once(warm: Warm) -> None:
     assert warm.decrypt() == b"plain"
 
 
+def test_what_was_right_is_not_while_the_keys_are_locked(warm: Warm) -> None:
+    tag = warm.keyring.tag("x", b"body")
+    warm.keyring.lock()
+    warm.keyring._right.add(("x", b"body", tag))
+    with pytest.raises(UnavailableError, match="locked"):
+        warm.keyring.tag_matches("x", b"body", tag)
+
+
 def test_drift_leaves_nothing_unwrapped(warm: Warm) -> None:
     """`drop`: what is kept of keys and tags goes; what is used again is read and unwrapped again."""
     assert warm.keyring._cache

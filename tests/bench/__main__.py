@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from guestlib.attest.bundle import parse_bundle
-from tests.bench import gate, lab, ledger, measuring
+from tests.bench import gate, lab, ledger, measuring, receipts
 from tests.bench.report import Report, median
 from tests.e2e.harness import Host, Settings, adopted, directory, machine, until
 from tests.support.qemu import copy_of_qemu

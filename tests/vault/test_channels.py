@@ -495,6 +495,14 @@ def test_other_refusals_say_why(worker: Worker) -> None:
     assert second.message == "x" * 512
 
 
+def test_a_refusal_names_its_entry_only_to_whom_it_is_to_be_named(worker: Worker) -> None:
+    worker.open()
+    error = DeniedError("no", ledger=5)
+    worker.vault.refuse(7, error, named=False)
+    worker.vault.refuse(8, error)
+    assert worker.hear() == [serving.Fault(7, "denied", "no", None), serving.Fault(8, "denied", "no", 5)]
+
+
 def test_what_does_not_decode_ends_the_channel(worker: Worker, desk: SimulatedDesk) -> None:
     worker.open()
     with pytest.raises(ChannelError):  # noqa: PT012

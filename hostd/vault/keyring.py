@@ -95,11 +95,17 @@ class Keyring:
         for entry in [e for e in self._cache if e[0] == key_id]:
             del self._cache[entry]
 
-    def _kek(self, tenant: str) -> bytes:
+    def check_open(self, tenant: str) -> None:
+        """Raises: UnavailableError, the keys are locked, or this tenant's are."""
         if self._root is None:
             raise UnavailableError("the keys are locked")
         if tenant in self._locked:
             raise UnavailableError("the tenant's keys are locked: a machine of its own has drifted")
+
+    def _kek(self, tenant: str) -> bytes:
+        if self._root is None:
+            raise UnavailableError("the keys are locked")
+        self.check_open(tenant)
         generation = self._store.kek_generation(tenant)
         if generation is None:
             raise UnavailableError("the tenant's key generation is unknown")
@@ -113,7 +119,8 @@ class Keyring:
         return kek
 
     def salt(self, tenant: str, entry: int) -> bytes:
-        """The salt of a tenant's ledger entry, 16 bytes: derived each time, never stored.
+        """The salt of a tenant's ledger entry, 16 bytes: derived each time, never stored. Also while the
+        tenant's keys are locked, because what its machines do is recorded then too.
 
         Raises:
             UnavailableError: the keys are locked.

@@ -166,13 +166,14 @@ class Receipts:
         Raises:
             NotFoundError: no such receipt, for whatever reason.
             RefusedDriftError: the caller's own machine or the host has drifted: a salt does not go there.
-            UnavailableError: the keys are locked.
+            UnavailableError: the keys are locked, or the tenant's are.
             OverloadedError: too many of these of late.
         """
         self._allowance.take(caller.principal, RECEIPT_COST, now)
         if self._gate.latched_for(caller) is not None:
             raise RefusedDriftError("a measurement that this caller rests on has drifted")
         tenant = self._tenant(caller)
+        self._keyring.check_open(tenant)
         head, end = self._settled()
         # Beyond the end another entry is read, so that it takes the same time as one that is not theirs.
         try:

@@ -203,6 +203,18 @@ def test_locked_keys_give_no_receipt(house: House) -> None:
         audit(house, RED)
 
 
+def test_a_tenant_whose_keys_are_locked_gets_no_salt_and_is_recorded_all_the_same(house: House) -> None:
+    mine, theirs = house.batch(Exchange(), Exchange(BLUE))
+    house.keyring.lock_tenants(frozenset({"red"}))
+    assert isinstance(refusal(house, RED, mine), UnavailableError)
+    assert redeem(house, BLUE, theirs)
+    during = Exchange(operation=ops.GenerateRandom(8), result=ops.RandomResult(bytes(8)))
+    (at,) = house.batch(during)
+    house.keyring.lock_tenants(frozenset())
+    document = redeem(house, RED, at)
+    verify_receipt(document, bundle=house.bundle(), request=during.request, answer=during.answer)
+
+
 def test_a_line_that_was_edited_has_no_receipt(house: House) -> None:
     (at,) = house.batch(Exchange())
     path = house.ledger.path

@@ -305,7 +305,8 @@ class Operators:
             component = Component(Kind(kind), vm)
         except ValueError:
             raise NotFoundError(f"no such component: {kind}") from None
-        if not self._vault.clear_drift(component, command.reason, connection.officer.principal):
+        vault, officer = self._vault, connection.officer.principal
+        if not vault.drift.clear(component, command.reason, officer, vault.measuring):
             raise NotFoundError(f"{component} has not drifted")
         self._answer(connection, seq, adm.Nothing())
 

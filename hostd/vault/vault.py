@@ -109,6 +109,15 @@ class Vault:
             tpm=self.tpm,
             last=self.ledger.last,
         )
+        self.measuring = Measuring(
+            loop,
+            config.run / "measurer.sock",
+            uid=config.uid_of("measurer"),
+            deadline_s=config.measure.deadline_s,
+            log_attested=config.tpm.device.startswith("/dev/"),
+            new_appraiser=self.custody.new_appraiser,
+            listener=self,
+        )
         self.drift = Drift(
             self,
             loop,
@@ -120,19 +129,10 @@ class Vault:
             custody=self.custody,
             counters=self.counters,
             tpm=self.tpm,
-            power=self._suspend,
+            power=self.measuring.suspend,
         )
         self.drift.restore(self.ledger.open_drift)
         self.refusals = Refusals(self.ledger, self.counters, self._ledger_failed)
-        self.measuring = Measuring(
-            loop,
-            config.run / "measurer.sock",
-            uid=config.uid_of("measurer"),
-            deadline_s=config.measure.deadline_s,
-            log_attested=config.tpm.device.startswith("/dev/"),
-            new_appraiser=self.custody.new_appraiser,
-            listener=self,
-        )
         self.receipts = Receipts(
             ledger=self.ledger,
             heads=self.heads,
@@ -245,13 +245,6 @@ class Vault:
             refused = self.gate.latch(component, findings)
             self.drift.react(component, findings, self.measuring)
             self._refuse(refused)
-
-    def clear_drift(self, component: Component, reason: str, officer: str) -> bool:
-        """An officer vouches for the component again; False if it had not drifted."""
-        return self.drift.clear(component, reason, officer, self.measuring)
-
-    def _suspend(self, vm: str, on: bool, told: Callable[[bool, str], None]) -> None:
-        self.measuring.suspend(vm, on, told)
 
     # ── The measurer's listener ───────────────────────────────────────────────────────────────────
 

@@ -147,6 +147,7 @@ FALSE: dict[str, tuple[ReceiptStep, Callable[[Document, Scene], Document]]] = {
     "not an entry": (STEP.ENTRY, lambda d, s: _moved(d, line=b"{}")),
     "not a request's entry": (STEP.ENTRY, lambda d, s: _line(d, event="withheld")),
     "an entry without commitments": (STEP.ENTRY, lambda d, s: _line(d, request=None, response=None)),
+    "an entry without its request": (STEP.ENTRY, lambda d, s: _line(d, request=None)),
     "a released entry without its answer": (STEP.ENTRY, lambda d, s: _line(d, response=None)),
     "another outcome": (STEP.INCLUSION, lambda d, s: _line(d, outcome="denied")),
     "another tenant": (STEP.INCLUSION, lambda d, s: _line(d, tenant="blue")),
@@ -164,6 +165,7 @@ FALSE: dict[str, tuple[ReceiptStep, Callable[[Document, Scene], Document]]] = {
     "a longer proof": (STEP.INCLUSION, lambda d, s: _moved(d, proof=(*d.entry.proof, bytes(32)))),
     "a proof from the middle": (STEP.INCLUSION, lambda d, s: _moved(d, proof=d.entry.proof[1:])),
     "another request's entry as pass": (STEP.BATCH, lambda d, s: replace(d, passed=d.entry)),
+    "what is not called a pass": (STEP.BATCH, lambda d, s: _pass(d, event="operation")),
     "a later pass": (STEP.BATCH, lambda d, s: replace(d, passed=parse_document(s.next_pass).passed)),
     "a pass of fewer requests": (STEP.BATCH, lambda d, s: _pass(d, requests=0)),
     "a pass of another number": (STEP.BATCH, lambda d, s: _pass(d, passed=99)),
@@ -323,6 +325,13 @@ def test_other_spellings_are_refused(scene: Scene) -> None:
         text + " " * (128 << 10),
     ):
         scene.refused(other.encode(), STEP.FORM)
+
+
+def test_a_receipt_over_its_bound_is_not_read(scene: Scene) -> None:
+    with pytest.raises(VerificationError, match="over 131072 bytes"):
+        scene.verify(scene.own.ljust((128 << 10) + 1))
+    with pytest.raises(MalformedError, match="over 32768 bytes"):
+        parse_entry(b" " * ((32 << 10) + 1))
 
 
 def test_truncations_and_trailing_bytes_are_refused(scene: Scene) -> None:

@@ -137,18 +137,20 @@ def _compare(source: _Source) -> tuple[Fault | None, bytes]:
     numbers = True
     at = source.first
     for chunk in lines:
-        for line in chunk[: source.end - at]:
-            if not line.endswith(b"\n") or number_of(line) != edge.size:
-                numbers = False
-            edge.append(leaf_hash(line[:-1]))
-        at = min(source.end, at + len(chunk))
+        some = chunk[: source.end - at]
+        if not all(
+            line.startswith(b'{"seq":%d,' % number) and line.endswith(b"\n")
+            for number, line in enumerate(some, at)
+        ):
+            numbers = False
+        edge.extend([leaf_hash(line[:-1]) for line in some])
+        at += len(some)
         if at >= source.end:
             break
     if edge.size == source.end and numbers and edge.root() == source.root:
         return None, edge.root()
     for at in range(source.first, source.end, CHUNK):
-        for leaf in source.leaves(at, min(CHUNK, source.end - at)):
-            kept.append(leaf)
+        kept.extend(source.leaves(at, min(CHUNK, source.end - at)))
     if kept.size == source.end and kept.root() == source.root:
         return _audited(source), edge.root()
     return _by_number(source, edge.size), edge.root()

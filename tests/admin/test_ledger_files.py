@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -527,6 +529,32 @@ def test_a_page_is_bounded(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     last = desk.ask(adm.ListLedger(0, 5, "last"))
     assert isinstance(last, adm.LedgerPage)
     assert list(last.lines) == desk.ledger.stretch(last.size - 5, 5)
+
+
+def test_the_program_for_auditors(desk: Desk, tmp_path: Path) -> None:
+    """The one that docs/ledger.md shows, as it stands there."""
+    page = (Path(__file__).parents[2] / "docs" / "ledger.md").read_text()
+    program = page.split("```python\n")[1].split("```")[0]
+    desk.fill(900)
+    count = ledger_write.export(desk.ask, tmp_path / "out", None, 0)
+
+    def run(key: str = str(desk.checkpoints.key())) -> tuple[int, str]:
+        command = [sys.executable, "-c", program, str(tmp_path / "out"), key]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    assert run() == (0, f"{count} entries lead to the signed root\n")
+    assert run("x+" + str(desk.checkpoints.key()).partition("+")[2])[0] == 1
+    bundle = tmp_path / "out" / "tile" / "entries" / "001"
+    text = bundle.read_bytes()
+    bundle.write_bytes(text.replace(b"released", b"withheld", 1))
+    status, said = run()
+    assert (status, "not the entries that were signed" in said) == (1, True)
+    bundle.write_bytes(text)
+    note = tmp_path / "out" / "checkpoint"
+    note.write_bytes(note.read_bytes().replace(b"\n9", b"\n8", 1))
+    status, said = run()
+    assert (status, "InvalidSignature" in said) == (1, True)
 
 
 def test_the_checkpoint_is_written_with_the_head(desk: Desk) -> None:

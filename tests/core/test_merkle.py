@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guestlib.attest.merkle import leaf_hash, node_hash
-from hostd.core.merkle import EMPTY_ROOT
+from hostd.core import merkle
+from hostd.core.merkle import EMPTY_ROOT, Frontier
 from tests.support.merkletree import Tree
 
 LEAVES = [
@@ -229,6 +230,83 @@ def test_truncate_is_as_if_never_appended(
         tree.append(leaf_hash(entry))
     assert tree.root() == mth(entries[:size] + later)
     assert vars(tree)["_levels"][0] == vars(tree_of(entries[:size] + later))["_levels"][0]
+
+
+@given(st.lists(st.integers(0, 700), max_size=5))
+def test_many_leaves_at_once(counts: list[int]) -> None:
+    edge, tree, number = Frontier(), Tree(), 0
+    for count in counts:
+        leaves = [leaf_hash(b"%d" % i) for i in range(number, number + count)]
+        number += count
+        edge.extend(leaves)
+        for leaf in leaves:
+            tree.append(leaf)
+    assert (edge.size, edge.root()) == (tree.size, tree.root())
+
+
+# ── The ledger's own functions against the same oracle ────────────────────────────────────────────
+
+
+@given(ENTRIES, st.data())
+def test_functions_over_nodes(entries: list[bytes], data: st.DataObject) -> None:
+    levels: list[list[bytes]] = [[]]
+    leaves = [leaf_hash(entry) for entry in entries]
+    split = data.draw(st.integers(0, len(leaves)))
+    merkle.grow(levels, leaves[:split])
+    merkle.grow(levels, leaves[split:])
+
+    def node(level: int, index: int) -> bytes:
+        return levels[level][index]
+
+    new = data.draw(st.integers(1, len(entries)))
+    old = data.draw(st.integers(1, new))
+    root = mth(entries[:new])
+    assert merkle.root(node, new) == root
+    path = merkle.inclusion(node, old - 1, new)
+    assert verify_inclusion(leaves[old - 1], old - 1, new, path, root)
+    proof = merkle.consistency(node, old, new)
+    assert verify_consistency(old, new, proof, mth(entries[:old]), root)
+    merkle.verify_consistency(old, mth(entries[:old]), new, root, proof)
+    for other in (proof[1:], [*proof, root], [root, *proof[1:]]):
+        if other != proof:
+            with pytest.raises(ValueError, match=r"proof|not equal"):
+                merkle.verify_consistency(old, mth(entries[:old]), new, root, other)
+    with pytest.raises(ValueError, match=r"roots|not equal"):
+        merkle.verify_consistency(old, mth([*entries[: old - 1], b"?" * 9]), new, root, proof)
+
+
+@given(ENTRIES)
+def test_the_edge_is_the_largest_subtrees(entries: list[bytes]) -> None:
+    edge, again = Frontier(), Frontier()
+    done: dict[tuple[int, int], bytes] = {}
+    for entry in entries:
+        edge.append(leaf_hash(entry))
+        for level, node in again.push(leaf_hash(entry)):
+            done[level, (again.size >> level) - 1] = node
+    assert edge.nodes == again.nodes == Frontier(edge.size, edge.nodes).nodes
+    assert edge.root() == mth(entries)
+    for (level, index), node in done.items():
+        assert node == mth(entries[index << level : (index + 1) << level])
+    for level in range(9):
+        if edge.size >> level & 1:
+            assert edge.at(level) == done[level, (edge.size >> level) - 1]
+        else:
+            with pytest.raises(ValueError, match="no edge at level"):
+                edge.at(level)
+
+
+def test_what_is_no_edge() -> None:
+    for size, nodes in (
+        (-1, []),
+        (1, []),
+        (2, [bytes(32)] * 2),
+        (3, [bytes(32), bytes(31)]),
+        (0, [bytes(32)]),
+    ):
+        with pytest.raises(ValueError, match="not the edge"):
+            Frontier(size, nodes)
+    with pytest.raises(ValueError, match="no subtree of level 3"):
+        Frontier(1, [bytes(32)]).push(bytes(32), 3)
 
 
 def test_what_does_not_exist_is_refused() -> None:

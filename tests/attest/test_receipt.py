@@ -25,6 +25,7 @@ from guestlib.attest.receipt import (
     verify_receipt,
 )
 from guestlib.errors import DeniedError, MalformedError, VerificationError
+from hostd.core.entry import Entry
 from tests.support.receipts import BLUE, Exchange, House, embedded_tpm, exchanges
 
 EVERY = tuple(ReceiptStep)
@@ -266,6 +267,24 @@ def test_the_own_quote_must_name_the_own_pass(scene: Scene) -> None:
     house.passes += 1
     house.quote()
     scene.refused(house.document(seq), STEP.QUALIFYING)
+
+
+def test_a_pass_of_that_number_from_before_a_restart_is_another(scene: Scene) -> None:
+    """The power went while a batch was written: its pass counts more entries than there are, and the next run
+    counts its passes from one again."""
+    house = scene.house
+    ledger, number = house.ledger, house.passes + 1
+    torn = Entry(
+        seq=ledger.size, time=1, event="pass", outcome="done", passed=number, pass_entry=ledger.size,
+        evidence=b"e" * 32, requests=9,
+    )  # fmt: skip
+    ledger.append(torn)
+    (seq,) = house.batch(scene.exchange)
+    document = house.document(seq)
+    verified = scene.verify(document)
+    assert (verified.passed.passed, verified.passed.seq) == (number, torn.seq + 1)
+    line, proof = ledger.stretch(torn.seq, 1)[0], tuple(ledger.tree.inclusion(torn.seq, verified.head.size))
+    scene.refused(changed(document, passed=Place(torn.seq, line, proof)), STEP.BATCH)
 
 
 # ── The parser ────────────────────────────────────────────────────────────────────────────────────

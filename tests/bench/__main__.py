@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from guestlib.attest.bundle import parse_bundle
-from tests.bench import gate, lab, ledger, measuring, receipts
+from tests.bench import flood, gate, lab, ledger, measuring, receipts
 from tests.bench.report import Report, median
 from tests.e2e.harness import Host, Settings, adopted, directory, machine, until
 from tests.support.qemu import copy_of_qemu
@@ -112,6 +112,7 @@ def main() -> None:
             gate.measure(report, host, key, seconds, place)
             memory(report, host)
             start(report, host, 3)
+        flood.fairness(report, binary)
         imports(report)
     lab.kernel(report)
     report.write()

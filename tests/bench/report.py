@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 TARGETS: dict[str, dict[str, float]] = {
     "gate.throughput_rps": {"at_least": 1000},
     "gate.latency_ms.p50": {"at_most": 30},
+    "gate.flood.p99_ratio": {"at_most": 3},
     "pass.request_scoped_ms.1": {"at_most": 5},
     "pass.request_scoped_ms.10": {"at_most": 5},
     "pass.request_scoped_ms.100": {"at_most": 5},

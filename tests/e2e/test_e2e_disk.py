@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from guestlib.errors import HostdError
 from hostd.ipc import operating as adm
 from tests.e2e.harness import Host, alive, directory, until
-from tests.e2e.load import HONEST, keys_work
+from tests.e2e.load import HONEST, Load, keys_work
+from tests.e2e.traced import SLOW, traced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from tests.support import qemu
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow]
+SLOW_S = 0.3
+"""Of one fdatasync; the vault's thread waits for it."""
 SIZE = "24m"
 """Of the file system that holds the state."""
 
@@ -55,6 +59,24 @@ def fill(path: Path) -> None:
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
+
+
+def test_the_disk_is_slow(binary: Path, vm: qemu.Vm) -> None:
+    """Everybody waits for it, and the gate's sentence holds meanwhile."""
+    with traced(binary) as host:
+        with Load(host, threads=3, timeout_s=20) as load:
+            load.answered_after(time.monotonic(), 20)
+            slow = host.directory / SLOW
+            slow.write_text(str(SLOW_S))
+            began, before = time.monotonic(), len(load.answers)
+            until(lambda: len(load.answers) > before + 20, "some are answered", 60)
+            took = time.monotonic() - began
+            slow.unlink()
+            load.answered_after(time.monotonic(), 20)
+        found = host.judged(load.answers)
+        print(f"{took:.1f} s; {dict(found.counts)}")
+        assert found.violations == []
+        load.check()
 
 
 def test_the_disk_is_full(binary: Path, vm: qemu.Vm) -> None:

@@ -7,8 +7,10 @@ before it serves: `python -m tests.e2e.traced run CONFIG` in place of `hostd run
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from tests.e2e.load import Answer
 
 FLUSH_S = 0.05
+SLOW = "fdatasync-takes"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -109,6 +112,19 @@ class _TracedVault(Vault):
         recorder.attach(self.gate, self.measuring, self.batches._tpm)
         recorder.watch_ledger(self.ledger)
         loop.every(FLUSH_S, lines.flush)
+        slow_disk(config.state.parent / SLOW)
+
+
+def slow_disk(seconds: Path) -> None:
+    """From now on fdatasync(2) takes as long as the file says, if it is there."""
+    sync = os.fdatasync
+
+    def slow(fd: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            time.sleep(float(seconds.read_text()))
+        sync(fd)
+
+    os.fdatasync = slow
 
 
 def _run(config_path: Path) -> None:

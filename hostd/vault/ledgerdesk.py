@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Final, get_args
 
 from guestlib.errors import ConflictError, HostdError, NotFoundError, UnavailableError
+from hostd.core.entry import ArchivedError
 from hostd.ipc import operating as adm
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ class LedgerDesk:
         self._audit(told, PAUSE_S)
 
     def sweep(self, shut: Callable[[str], None]) -> None:
-        """Once after the start, beside the work: the segments that opening did not read."""
+        """Once after the start, beside the work: the segments that opening did not read. `shut` is told why
+        the gate has to close, if it has to."""
 
         def told(problem: str) -> None:
             if problem:
@@ -106,6 +108,7 @@ class LedgerDesk:
         check = self._ledger.audit()
 
         def slice_() -> None:
+            nonlocal check
             end = time.monotonic() + SLICE_S
             try:
                 next(check)
@@ -114,6 +117,10 @@ class LedgerDesk:
             except StopIteration as done:
                 fault: Fault | None = done.value
                 told("" if fault is None else f"{self._ledger.place(fault.at)}: {fault.what}")
+            except ArchivedError:
+                # What was being compared has gone meanwhile, as an officer wished: from what is left, then.
+                check = self._ledger.audit()
+                self._loop.call_after(pause_s, slice_)
             except HostdError as error:
                 told(error.message)
             else:

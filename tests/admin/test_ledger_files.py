@@ -517,6 +517,23 @@ def test_entries_that_are_appended_meanwhile(desk: Desk, monkeypatch: pytest.Mon
     assert said.entries > 80
 
 
+def test_segments_that_are_archived_meanwhile(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comparing goes on with what is left."""
+    monkeypatch.setattr(ledgerdesk, "SLICE_S", 0.0)
+    said: list[object] = []
+    desk.desk.answer(adm.VerifyLedger(), "", said.append)
+    desk.loop.run_once(1.0)
+    ledger_write.archive(desk.ask, tmp_path / "archive", 0)
+    assert not said, "it had not come to its end"
+    while not said:
+        desk.loop.run_once(1.0)
+    (found,) = said
+    assert isinstance(found, adm.LedgerVerified)
+    assert (found.problem, found.first) == ("", desk.ledger.first)
+
+
 def test_a_page_is_bounded(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adm, "MAX_PAGE_BYTES", 500)
     desk.fill(700)

@@ -3,10 +3,14 @@ recorded under a signed head cannot be taken away unnoticed while it was stopped
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from guestlib.attest.bundle import parse_bundle
+from guestlib.attest.checkpoint import parse_checkpoint, verify_checkpoint
 from tests.e2e.harness import Host, until
 
 if TYPE_CHECKING:
@@ -88,6 +92,47 @@ def test_changed_while_it_was_stopped(host: Host, change: Callable[[Lines], Line
     assert "ledger" in host.log().rpartition("error:")[2]
     assert "Traceback" not in host.log()
     host.kill()
+
+
+def test_an_auditor_needs_no_hostd(host: Host, tmp_path: Path) -> None:
+    """Commands on a running host, and what they give verified after it has gone."""
+    used(host)
+    trust = str(host.directory / "trust.json")
+    host.hostctl("trust", "bundle", "-o", trust)
+    said = host.hostctl_json("ledger", "list", "-n", "3", "--event", "Encrypt")["entries"]
+    assert [entry["op"] for entry in said] == ["Encrypt"] * 3
+    number = said[0]["seq"]
+    assert host.hostctl_json("ledger", "list", "--event", "drift", "--since", "1h")["entries"] == []
+    assert len(host.hostctl_json("ledger", "list", "--principal", said[0]["principal"])["entries"]) >= 9
+    assert len(host.hostctl_json("ledger", "list", "--tenant", said[0]["tenant"], "-n", "2")["entries"]) == 2
+    assert host.hostctl_json("ledger", "list", "--start", str(number), "-n", "1")["entries"] == said[:1]
+    assert host.hostctl_json("ledger", "list", "--start", "2000000000")["entries"] == []
+    assert host.hostctl_json("ledger", "show", str(number)) == said[0]
+    assert host.hostctl("ledger", "show", "2000000000", check=False).returncode == 2
+    proof = tmp_path / "proof.json"
+    proof.write_text(host.hostctl("ledger", "prove", str(number)).stdout)
+    host.hostctl("ledger", "export", str(tmp_path / "out"))
+    size = len(host.ledger())
+    consistent = json.loads(host.hostctl("ledger", "consistency", "3", str(size)).stdout)
+    assert (consistent["old"], consistent["new"]) == (3, size)
+    key = host.hostctl("ledger", "checkpoint", "--key").stdout.strip()
+    assert json.loads(Path(trust).read_text())["ledger"] == [key]
+    note = host.hostctl("ledger", "checkpoint").stdout.encode()
+    noted = parse_checkpoint(note)
+    bundle = parse_bundle(Path(trust).read_bytes())
+    assert verify_checkpoint(noted, bundle) == (key.partition("+")[0], "TPM quote")
+    used(host)
+    host.stop()
+    for folder in (tmp_path / "out", host.state):
+        checked = host.hostctl("ledger", "verify", "--dir", str(folder), "--trust", trust)
+        assert "entries lead to the signed root; signed by: hostd-ledger/" in checked.stdout
+        assert checked.stdout.endswith(", TPM quote\n")
+    checked = host.hostctl("ledger", "prove", "--check", str(proof), "--trust", trust)
+    assert f"entry {number} is in the ledger" in checked.stdout
+    path = host.state / "ledger.jsonl"
+    path.write_bytes(b"".join(edited(path.read_bytes().splitlines(keepends=True))))
+    checked = host.hostctl("ledger", "verify", "--dir", str(host.state), "--trust", trust, check=False)
+    assert (checked.returncode, checked.stdout) == (4, "ledger.jsonl line 6: entry 5 was edited\n")
 
 
 def test_verify_says_so_from_the_command_line(host: Host) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import re
 import secrets
 import threading
 import time
@@ -113,10 +112,10 @@ class Load:
         assert set(self.errors) <= HONEST, self.errors
         entries = {entry["seq"]: entry for entry in self.host.ledger()}
         withheld = {
-            int(number)
+            number
             for entry in entries.values()
-            if entry["event"] == "withheld"
-            for number in re.findall(r"\d+", entry["detail"].rpartition("entries ")[2])
+            for first, last in entry.get("withheld", ())
+            for number in range(first, last + 1)
         }
         for answer in self.answers:
             entry = entries[answer.ledger]

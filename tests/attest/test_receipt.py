@@ -133,6 +133,10 @@ def test_one_of_several_pinned_keys_is_enough(scene: Scene, tmp_path_factory: py
         aks = (other.record.ak_public, *scene.bundle.aks)
         assert scene.verify(scene.own, replace(scene.bundle, aks=aks)).checked == EVERY
         scene.refused(scene.own, STEP.SIGNATURE, replace(scene.bundle, aks=aks[:1]))
+        # What is refused of the key that signed is told, not that another did not sign.
+        false = encode_document(_head(parse_document(scene.later), evidence=bytes(32)))
+        for pinned in (aks, aks[::-1]):
+            scene.refused(false, STEP.QUALIFYING, replace(scene.bundle, aks=pinned))
 
 
 # ── Each check, alone ─────────────────────────────────────────────────────────────────────────────

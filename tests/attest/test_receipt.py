@@ -440,6 +440,28 @@ def test_whatever_entry_raises_the_typed_error_alone(fields: dict[str, Any]) -> 
         return
 
 
+GOOD_LINE = b'{"seq":1,"time":2,"event":"operation","outcome":"released"%b}'
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        b',"seq":1',
+        b',"passed":1.0',
+        b',"passed":-1',
+        b',"request":"' + base64.b64encode(bytes(31)) + b'"',
+        b',"request":"' + base64.b64encode(bytes(33)) + b'"',
+        b',"request":""',
+        b',"evidence":null',
+        b',"tenant":1',
+    ],
+)
+def test_a_line_that_says_it_wrongly_is_no_entry(more: bytes) -> None:
+    assert parse_entry(GOOD_LINE % b',"unknown":[1.5]').seq == 1
+    with pytest.raises(MalformedError):
+        parse_entry(GOOD_LINE % more)
+
+
 def test_the_client_computes_the_same_bytes(scene: Scene) -> None:
     args = {"key": "alias/db", "plaintext": b"card number", "aad": {"table": "users"}}
     assert canonical_request("Encrypt", args) == scene.exchange.request

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from guestlib.attest.audit import AuditedEntry, verify_page
@@ -184,8 +185,21 @@ def test_what_no_quote_covers_has_no_receipt_yet(house: House) -> None:
     assert redeem(house, RED, one.seq)
 
 
-def test_before_the_first_quote_there_is_none(house: House) -> None:
+def test_before_the_first_batch_there_is_none(house: House) -> None:
     assert isinstance(refusal(house, RED, 0), NotFoundError)
+    house.quote()  # as set-up does
+    assert isinstance(refusal(house, RED, 0), NotFoundError)
+    house.batch(Exchange())
+    house.unsettled = 0
+    assert isinstance(refusal(house, RED, 1), UnavailableError)
+
+
+def test_a_head_beyond_what_is_on_the_disk_gives_no_receipt(house: House) -> None:
+    """It was quoted while the disk failed."""
+    (at,) = house.batch(Exchange())
+    assert house.heads.latest is not None
+    house.heads.latest = msgspec.structs.replace(house.heads.latest, size=at + 9)
+    assert isinstance(refusal(house, RED, at + 4), UnavailableError)
 
 
 def test_a_salt_goes_to_no_caller_whose_host_has_drifted(house: House) -> None:

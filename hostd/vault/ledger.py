@@ -23,7 +23,17 @@ import msgspec
 from guestlib.attest.merkle import leaf_hash
 from hostd.core import ledgercheck
 from hostd.core.entry import MAX_ENTRY_BYTES, ArchivedError, Entry, LedgerError, Rotation
-from hostd.platform.segments import Offsets, Segment, Segments, chunks, closed_name, number_of, write_all
+from hostd.core.merkle import Frontier
+from hostd.platform.segments import (
+    CHUNK,
+    Offsets,
+    Segment,
+    Segments,
+    chunks,
+    closed_name,
+    number_of,
+    write_all,
+)
 from hostd.vault.lines import BLOCK, Lines
 from hostd.vault.opening import NOTED, NOTHING_SIGNED, Last, Notes, Reading, Signed, last_segment
 from hostd.vault.treefile import TreeFile
@@ -125,10 +135,9 @@ class Ledger:
         """Which entry is not as it was signed, if the hashes that were kept beside the entries still lead to
         the signed root."""
         path, first = last.segment.path, last.segment.first
-        kept = last.edge.copy()
-        for at in range(first, signed.size, BLOCK):
-            for leaf in self.tree.stored(at, min(BLOCK, signed.size - at)):
-                kept.append(leaf)
+        kept = Frontier()
+        for at in range(0, signed.size, CHUNK):
+            kept.extend(self.tree.stored(at, min(CHUNK, signed.size - at)))
         if kept.size == signed.size and kept.root() == signed.root:
             end = signed.size
             check = ledgercheck.audit(

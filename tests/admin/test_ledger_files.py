@@ -26,10 +26,16 @@ from hostd.core.entry import Entry, LedgerError
 from hostd.ipc import operating as adm
 from hostd.platform.segments import closed_segments, folder_of
 from hostd.vault import ledgerdesk
-from tests.support.ledgers import Desk
+from tests.support.ledgers import Desk, quick_folder
 from tests.support.merkletree import Tree
 
 Change = Callable[[list[bytes]], list[bytes]]
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    with quick_folder() as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -268,6 +274,20 @@ def test_a_running_vault_names_the_place(desk: Desk, change: Change) -> None:
     while not problems:
         desk.loop.run_once(1.0)
     assert SAID[change] in problems[0]
+
+
+def test_a_closed_segment_edited_while_it_was_stopped(desk: Desk) -> None:
+    """The start does not read it; what follows the start does, and nobody is shown it meanwhile."""
+    put(desk, edited)
+    desk.restart()
+    with pytest.raises(LedgerError, match="is not entry 33 as it was recorded"):
+        desk.ask(adm.ListLedger(33, 1))
+    problems: list[str] = []
+    desk.desk.sweep(problems.append)
+    while not problems:
+        desk.loop.run_once(1.0)
+    assert problems == [f"the ledger is not what was recorded: {problems[0].partition(': ')[2]}"]
+    assert problems[0].endswith(": entry 33 was edited")
 
 
 @pytest.mark.parametrize("change", SAID)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -14,12 +14,19 @@ import pytest
 from guestlib.attest.merkle import leaf_hash
 from hostd.platform.segments import closed_segments, folder_of, number_of
 from hostd.vault.ledger import NOTHING_SIGNED, ArchivedError, Entry, Ledger, LedgerError, Signed
+from tests.support.ledgers import quick_folder
 from tests.support.merkletree import Tree
 from tests.vault.support_keys import entry
 from tests.vault.test_ledger import found, in_child
 
 PRESENT = Path(__file__).parent.parent / "data" / "ledger-single-file.jsonl"
 """A ledger as hostd wrote it before there were segments."""
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    with quick_folder() as folder:
+        yield folder
 
 
 def opened(path: Path, signed: Signed = NOTHING_SIGNED, entries: int = 10) -> Ledger:
@@ -189,6 +196,85 @@ def test_a_ledger_of_one_file_is_taken_over(path: Path) -> None:
     assert ledger.open_drift == {"process:4b5eae0c-9df4-4f3c-8a53-8a6a2d1f1c01": 11}
     assert found(ledger) is None
     ledger.close()
+
+
+# ── Changed while hostd is stopped ────────────────────────────────────────────────────────────────
+
+
+def rewritten(path: Path, number: int, old: bytes, new: bytes) -> None:
+    """Line `number` of the open segment, from 1."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert old in lines[number - 1]
+    lines[number - 1] = lines[number - 1].replace(old, new, 1)
+    path.write_bytes(b"".join(lines))
+
+
+def test_an_edited_entry_is_named(path: Path, closed: Signed) -> None:
+    first = number_of(path.read_bytes())
+    assert first is not None
+    rewritten(path, 2, b'"time":', b'"time":1')
+    before = path.read_bytes()
+    for name in ("hashes-8", "hashes-16", "offsets"):
+        (folder_of(path) / name).unlink()
+    with pytest.raises(
+        LedgerError, match=rf"not those that were signed: ledger.jsonl line 2: entry {first + 1} was edited"
+    ):
+        opened(path, closed)
+    assert path.read_bytes() == before
+    # Without the hashes beside them it is found all the same; which it was cannot be told.
+    (folder_of(path) / "hashes-0").write_bytes(bytes(64))
+    with pytest.raises(LedgerError, match="were edited, replaced or reordered"):
+        opened(path, closed)
+
+
+def test_another_edge_than_the_tree_had(path: Path, closed: Signed) -> None:
+    line = msgspec.json.decode(path.read_bytes().split(b"\n")[0])
+    node = line["rotation"]["frontier"][0]
+    rewritten(path, 1, node.encode(), node[:-2].encode() + b"A=")
+    with pytest.raises(LedgerError, match=r"ledger.jsonl line 1: entry \d+ was edited"):
+        opened(path, closed)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"previous":', b'"previous":1'),
+        (b'"follow":0', b'"follow":1'),
+        (b'"follow":0', b'"follow":100'),
+        (b'"frontier":["', b'"frontier":["AAAA","'),
+        (b'"frontier":["', b'"frontier":[7,"'),
+        (b'"rotation"', b'"notation"'),
+        (b'{"seq":', b'{"seq":1'),
+        (b'{"seq":', b"["),
+    ],
+)
+def test_a_beginning_that_is_another(path: Path, closed: Signed, old: bytes, new: bytes) -> None:
+    rewritten(path, 1, old, new)
+    before = path.read_bytes()
+    with pytest.raises(LedgerError):
+        opened(path, closed)
+    assert path.read_bytes() == before
+
+
+def test_a_head_of_another_ledger(path: Path, closed: Signed) -> None:
+    with pytest.raises(LedgerError, match="entries are missing"):
+        opened(path, Signed(closed.size + 1, closed.root))
+    for size in (1, 30, closed.size):
+        with pytest.raises(LedgerError, match="not those that were signed"):
+            opened(path, Signed(size, bytes(32)))
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 25, 50, 60])
+def test_a_head_that_is_older(path: Path, closed: Signed, size: int) -> None:
+    """Also one of before the last segment: the tree's files lead to it, whatever state they are in."""
+    signed = Signed(size, oracle(lines_of(path)).root(size))
+    for name in ("", "hashes-0", "hashes-8"):
+        if name:
+            (folder_of(path) / name).write_bytes(os.urandom(1000))
+        ledger = opened(path, signed)
+        assert ledger.tree.root(size) == signed.root
+        assert ledger.tree.root() == closed.root
+        ledger.close()
 
 
 # ── Archiving ─────────────────────────────────────────────────────────────────────────────────────

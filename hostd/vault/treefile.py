@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from guestlib.attest.merkle import HASH_BYTES
 from hostd.core import merkle
-from hostd.core.entry import LedgerError
+from hostd.core.entry import ArchivedError, LedgerError
 from hostd.core.merkle import Frontier
 from hostd.platform.segments import write_all
 
@@ -261,8 +261,14 @@ class TreeFile:
         """The tile from entries, put into the file with all that is below it."""
         start, end = tile << (base + TILE_BITS), ((tile << TILE_BITS) + count) << base
         levels: list[list[bytes]] = [[]]
-        for _ in self._made(start, end, base, levels[0]):
-            pass
+        try:
+            for _ in self._made(start, end, base, levels[0]):
+                pass
+        except ArchivedError as error:
+            raise LedgerError(
+                f"the hashes of entries {start} to {end - 1} are damaged, and {error.message}: "
+                "bring the archived segments back and start again"
+            ) from error
         nodes, levels = levels[0], [[]]
         merkle.grow(levels, nodes)
         if not self._authentic(base, tile, count, levels):

@@ -310,6 +310,31 @@ def test_archived_entries_say_so_and_later_ones_are_proved(path: Path, closed: S
     ledger.close()
 
 
+def test_hashes_of_archived_entries_are_lost(path: Path, closed: Signed, tmp_path: Path) -> None:
+    """It still starts, and takes entries; proofs need the archive then."""
+    (tmp_path / "kept").mkdir()
+    for segment in closed_segments(folder_of(path)):
+        shutil.copy(segment.path, tmp_path / "kept")
+    ledger, end, lines = archived(path, closed)
+    ledger.close()
+    hashes = folder_of(path) / "hashes-0"
+    hashes.write_bytes(bytes(32 * end) + hashes.read_bytes()[32 * end :])
+    ledger = opened(path, closed)
+    with pytest.raises(
+        LedgerError, match=r"hashes of entries 0 to \d+ are damaged, and entries before \d+ are archived"
+    ):
+        ledger.tree.inclusion(end, closed.size)
+    fill(ledger, ledger.size + 30)
+    ledger.close()
+    for file in (tmp_path / "kept").iterdir():
+        shutil.copy(file, folder_of(path))
+    ledger = opened(path, closed)
+    assert ledger.first == 0
+    assert ledger.tree.inclusion(end, closed.size) == oracle(lines).inclusion(end)
+    assert found(ledger) is None
+    ledger.close()
+
+
 def test_segments_that_went_without_being_archived(path: Path, closed: Signed) -> None:
     first, second, *_ = closed_segments(folder_of(path))
     first.path.unlink()

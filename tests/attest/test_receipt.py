@@ -410,11 +410,9 @@ def test_whatever_bytes_raise_the_typed_error_alone(data: bytes) -> None:
             continue
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=20,
-)
+LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+INNER = LEAF | st.lists(LEAF, max_size=4) | st.dictionaries(st.text(max_size=8), LEAF, max_size=4)
+JSON = LEAF | st.lists(INNER, max_size=4) | st.dictionaries(st.text(max_size=8), INNER, max_size=4)
 
 
 @settings(max_examples=300, deadline=None)

@@ -40,6 +40,7 @@ from hostd.core.findings import (
 from hostd.vault.demand import Demand
 from hostd.vault.observers import Observers
 from hostd.vault.ring import HINT_PAUSE_NS, Ring
+from hostd.vault.shares import Shares
 from hostd.vault.waiting import Pass, Refused, Stamp, Waiting
 
 if TYPE_CHECKING:
@@ -53,8 +54,7 @@ HOST_COMPONENTS = frozenset({GUESTS, BOOT, POSTURE, IMA, KERNEL, FILES, SELF})
 ALWAYS = frozenset({Kind.GUESTS, Kind.PROCESS})
 """Kinds that must be verified whatever the configuration requires: who is who is known by them."""
 STANDING = frozenset({Kind.DOMAIN})
-"""Kinds that change by events of their own and are read in turn and on hints: a request rests on the
-latest reading of its VM's, if that is not too old, instead of on one of its own."""
+"""Kinds with events of their own: a request rests on the latest reading of its VM's, if not too old."""
 STANDING_NS = 20_000_000_000
 """How old a standing reading may be when a request arrives: four sweeps."""
 
@@ -82,7 +82,7 @@ class Gate:
         self._standing_ns = standing_ns
         self._host_scope = host_scope
         self._per_caller = waiting_per_caller
-        self._batch = batch
+        self._shares = Shares(batch)
         self._stamps: dict[Component, Stamp] = {}
         self.last_good: dict[Component, int] = {}
         """When the latest good reading of a component started, whatever came after. For people."""
@@ -147,6 +147,7 @@ class Gate:
         if len(queue.requests) >= self._per_caller:
             raise OverloadedError(f"{self._per_caller} requests of this caller are waiting")
         queue.requests.append(request)
+        self._shares.arrived(request.caller, request.arrived)
 
     @property
     def waiting(self) -> int:
@@ -183,9 +184,9 @@ class Gate:
         batch: list[Waiting] = []
         components: set[Component] = set()
         spent = 0
-        share = max(1, self._batch // max(1, len(self._turn)))
+        share = self._shares.of_each(now, len(self._turn))
         for _ in range(len(self._turn)):
-            if spent >= self._batch:
+            if spent >= self._shares.batch:
                 break  # those left are the first of the next batch
             caller = self._turn[0]
             self._turn.rotate(-1)
@@ -194,7 +195,7 @@ class Gate:
             taken = 0
             while (
                 requests
-                and taken < min(share, self._batch - spent)
+                and taken < min(share, self._shares.batch - spent)
                 and requests[0].deadline > now
                 and requests[0].arrived <= until
             ):

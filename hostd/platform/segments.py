@@ -64,8 +64,8 @@ def closed_segments(folder: Path) -> list[Segment]:
     return sorted(found)
 
 
-def chunks(path: Path, start: int = 0) -> Iterator[list[bytes]]:
-    """Lines of a segment from byte `start` on, with their newlines, `CHUNK` at a time. One that is longer
+def chunks(path: Path, *, count: int = CHUNK) -> Iterator[list[bytes]]:
+    """Lines of a segment with their newlines, `count` at a time. One that is longer
     than any entry comes in pieces, of which only the last ends in a newline.
 
     Raises:
@@ -73,10 +73,9 @@ def chunks(path: Path, start: int = 0) -> Iterator[list[bytes]]:
     """
     try:
         with path.open("rb") as file:
-            file.seek(start)
             while True:
                 # readline bounds what one line may take; iterating over the file would not.
-                lines = list(islice(iter(lambda: file.readline(MAX_ENTRY_BYTES + 1), b""), CHUNK))
+                lines = list(islice(iter(lambda: file.readline(MAX_ENTRY_BYTES + 1), b""), count))
                 if not lines:
                     return
                 yield lines

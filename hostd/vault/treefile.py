@@ -89,8 +89,17 @@ class TreeFile:
                 write_all(self._fds[0], data[same * HASH_BYTES :], (at + same) * HASH_BYTES)
             elif self.differs is None:
                 self.differs = at + same
-        for leaf in hashes:
-            self._push(leaf)
+        done = 0
+        while done < len(hashes):
+            if self.size % TILE or len(hashes) - done < TILE:
+                self._push(hashes[done])
+                done += 1
+                continue
+            # A tile in one go: opening reads some hundred of them.
+            levels: list[list[bytes]] = [[]]
+            merkle.grow(levels, hashes[done : done + TILE])
+            self._complete(self._edge.push(levels[TILE_BITS][0], TILE_BITS))
+            done += TILE
         self._written[0] = self.size
         self._pending[0].clear()
 
@@ -115,7 +124,10 @@ class TreeFile:
         if (edge.size + 1) % TILE:
             edge.append(leaf)
             return
-        for level, node in edge.push(leaf):
+        self._complete(edge.push(leaf))
+
+    def _complete(self, nodes: list[tuple[int, bytes]]) -> None:
+        for level, node in nodes:
             if level and level in self._pending:
                 self._pending[level] += node
 

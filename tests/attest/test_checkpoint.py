@@ -8,7 +8,7 @@ from hashlib import sha256
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guestlib.attest.bundle import TrustBundle, encode_bundle, parse_bundle
@@ -166,6 +166,7 @@ def test_what_is_no_checkpoint(note: bytes) -> None:
         parse_checkpoint(note)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes(data: bytes) -> None:
     for note in (data, NOTE + data, data + NOTE):

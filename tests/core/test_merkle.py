@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guestlib.attest.merkle import leaf_hash, node_hash
@@ -183,6 +183,7 @@ def test_a_leaf_is_not_a_node() -> None:
 ENTRIES = st.lists(st.binary(max_size=8), min_size=1, max_size=70)
 
 
+@settings(deadline=None)
 @given(ENTRIES, st.data())
 def test_roots_and_inclusion(entries: list[bytes], data: st.DataObject) -> None:
     tree = tree_of(entries)
@@ -195,6 +196,7 @@ def test_roots_and_inclusion(entries: list[bytes], data: st.DataObject) -> None:
     assert not verify_inclusion(leaf_hash(entries[index] + b"!"), index, size, path, root)
 
 
+@settings(deadline=None)
 @given(ENTRIES, st.data())
 def test_consistency(entries: list[bytes], data: st.DataObject) -> None:
     tree = tree_of(entries)
@@ -217,6 +219,7 @@ def test_every_proof_of_every_small_tree() -> None:
             assert verify_consistency(old, size, tree.consistency(old, size), mth(entries[:old]), root)
 
 
+@settings(deadline=None)
 @given(ENTRIES, ENTRIES, st.data())
 def test_truncate_is_as_if_never_appended(
     entries: list[bytes], later: list[bytes], data: st.DataObject
@@ -232,6 +235,7 @@ def test_truncate_is_as_if_never_appended(
     assert vars(tree)["_levels"][0] == vars(tree_of(entries[:size] + later))["_levels"][0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 700), max_size=5))
 def test_many_leaves_at_once(counts: list[int]) -> None:
     edge, tree, number = Frontier(), Tree(), 0
@@ -247,6 +251,7 @@ def test_many_leaves_at_once(counts: list[int]) -> None:
 # ── The ledger's own functions against the same oracle ────────────────────────────────────────────
 
 
+@settings(deadline=None)
 @given(ENTRIES, st.data())
 def test_functions_over_nodes(entries: list[bytes], data: st.DataObject) -> None:
     levels: list[list[bytes]] = [[]]
@@ -275,6 +280,7 @@ def test_functions_over_nodes(entries: list[bytes], data: st.DataObject) -> None
         merkle.verify_consistency(old, mth([*entries[: old - 1], b"?" * 9]), new, root, proof)
 
 
+@settings(deadline=None)
 @given(ENTRIES)
 def test_the_edge_is_the_largest_subtrees(entries: list[bytes]) -> None:
     edge, again = Frontier(), Frontier()

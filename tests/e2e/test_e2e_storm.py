@@ -255,6 +255,8 @@ def storm(
             for component in components:
                 host.ask(adm.ClearDrift(component=component, reason="storm"), adm.Nothing)
         changes += now
+        if len(rounds) > 100:  # somebody is waiting
+            print(f"{time.monotonic() - began:.0f} s: {len(changes)} changes found", flush=True)
         all_answered(everybody)
     return changes, clean, began
 

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,12 +297,11 @@ def judge_changes(trace: list[AnyEvent], changes: list[Change]) -> None:
     """Of each change: the first reading that must have seen it did, and no request that came after it was
     answered before that."""
     arrived = {e.number: e for e in trace if isinstance(e, Arrived)}
+    times = [event.at for event in trace]
     for change in changes:
         component = change.component
         asked, seen = 0, None
-        for event in trace:
-            if event.at < change.done:
-                continue
+        for event in trace[bisect_left(times, change.done) :]:
             if isinstance(event, Asked) and event.component == component and not asked:
                 asked = event.at
             elif isinstance(event, Lost):

@@ -186,9 +186,9 @@ class Tpm:
         return {index: values[index] for index in sorted(values)}, counters
 
     def check_pcrs(self, selection: Iterable[int]) -> dict[int, bytes]:
-        """Values that belong together, 32 bytes each, in a session whose key only the pinned storage key's TPM
-        knows: each response carries an HMAC over it and over a nonce of ours (part 1, section 17.6), so that
-        nobody on the wire can make or repeat one. Unlike a quote it convinces nobody but us.
+        """Values that belong together, 32 bytes each, in a session whose key only the pinned storage key's
+        TPM knows: each response carries an HMAC over it and over a nonce of ours (part 1, section 17.6), so
+        that nobody on the wire can make or repeat one. Unlike a quote it convinces nobody but us.
 
         Raises:
             TpmBusyError: PCRs moved between the parts, every time.

@@ -30,6 +30,7 @@ from hostd.vault.tpmlink import Quoted
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hostd.core.callers import Caller
     from hostd.core.findings import Component
     from hostd.vault.attesting import Attesting
     from hostd.vault.counters import Counters
@@ -264,23 +265,15 @@ class Batches:
     def _finish(self, batch: _Batch) -> None:
         self._batch = None
         assert batch.quoted is not None
-        stamps = self._gate.stamps
-        ima = stamps.get(IMA)
+        ima = self._gate.stamps.get(IMA)
         read = ima is not None and ima.status is Status.VERIFIED and ima.started >= batch.quoted_at
         if read and not self._replays(batch):
             self._found(IMA, (self._log_mismatch(batch),))
+        callers = {executed.request.caller for executed in batch.executed}
+        released = {caller for caller in callers if self._confirmed(batch, caller)}
         withheld: list[Executed] = []
         for executed in batch.executed:
-            caller = executed.request.caller
-            needs = self._gate.needs(caller) & batch.confirm
-            confirmed = all(
-                (s := stamps.get(c)) is not None
-                and s.started >= batch.quoted_at
-                and self._gate.acceptable(c, s.status)
-                for c in needs
-            )
-            open_ = self._gate.latched_for(caller) is None and self._gate.shut is None
-            if confirmed and open_ and self._gate.bound(caller):
+            if executed.request.caller in released:
                 self._release(executed, batch)
             else:
                 withheld.append(executed)
@@ -293,6 +286,21 @@ class Batches:
                 error = gone if latched is None else drifted
                 job_of(executed.request).refuse(error)
         self._counters.observe("hostd_batch_seconds", (time.monotonic_ns() - batch.began) / 1e9)
+
+    def _confirmed(self, batch: _Batch, caller: Caller) -> bool:
+        """Whether the second look found good what a caller rests on, and nothing else stands against it."""
+        stamps = self._gate.stamps
+        return (
+            self._gate.shut is None
+            and self._gate.latched_for(caller) is None
+            and self._gate.bound(caller)
+            and all(
+                (s := stamps.get(c)) is not None
+                and s.started >= batch.quoted_at
+                and self._gate.acceptable(c, s.status)
+                for c in self._gate.needs(caller) & batch.confirm
+            )
+        )
 
     def _replays(self, batch: _Batch) -> bool:
         """Whether the log, read after the quote, leads to the PCR 10 in it."""

@@ -6,9 +6,8 @@ arrived, and a second look after the work still agreed.
 
 Kept by one stamp per component: when its latest reading *started*, and how it was judged. A request
 that arrived at time a may execute when every component its caller needs has an acceptable stamp
-that started at or after a. Times are the vault's own monotonic nanoseconds: arrival is taken after
-the bytes were received, a reading's start is the moment the vault asked for it, so both are true
-bounds whatever the measurer's clock says.
+that started at or after a. Times are the vault's own monotonic nanoseconds: arrival is taken after the bytes
+were received, a reading's start is when the vault asked for it: true bounds whatever the measurer's clock says.
 
 Everything unknown denies: no stamp, another status, a caller whose process is not the one that the
 channel was bound to. This module does no I/O and holds no key; `hostd.vault.batches` drives it.
@@ -17,7 +16,6 @@ channel was bound to. This module does no I/O and holds no key; `hostd.vault.bat
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -57,12 +55,7 @@ STANDING = frozenset({Kind.DOMAIN})
 """Kinds with events of their own: a request rests on the latest reading of its VM's, if not too old."""
 STANDING_NS = 20_000_000_000
 """How old a standing reading may be when a request arrives: four sweeps."""
-
-
-@dataclass(slots=True)
-class _Queue:
-    caller: Caller
-    requests: deque[Waiting] = field(default_factory=deque)
+_NEVER = 1 << 63  # nanoseconds: after every deadline
 
 
 class Gate:
@@ -87,7 +80,9 @@ class Gate:
         self.last_good: dict[Component, int] = {}
         """When the latest good reading of a component started, whatever came after. For people."""
         self._latched: dict[Component, tuple[Finding, ...]] = {}
-        self._queues: dict[Caller, _Queue] = {}
+        self._queues: dict[Caller, deque[Waiting]] = {}
+        self._earliest = _NEVER
+        """No queued request's deadline is before it."""
         self._turn: deque[Caller] = deque()
         self._hypervisors: dict[str, Hypervisor] = {}
         self._known = HOST_COMPONENTS
@@ -142,16 +137,17 @@ class Gate:
             raise UnavailableError(f"the gate is closed: {self.shut}")
         queue = self._queues.get(request.caller)
         if queue is None:
-            queue = self._queues[request.caller] = _Queue(request.caller)
+            queue = self._queues[request.caller] = deque()
             self._turn.append(request.caller)
-        if len(queue.requests) >= self._per_caller:
+        if len(queue) >= self._per_caller:
             raise OverloadedError(f"{self._per_caller} requests of this caller are waiting")
-        queue.requests.append(request)
+        queue.append(request)
+        self._earliest = min(self._earliest, request.deadline)
         self._shares.arrived(request.caller, request.arrived)
 
     @property
     def waiting(self) -> int:
-        return sum(len(q.requests) for q in self._queues.values())
+        return sum(map(len, self._queues.values()))
 
     def bound(self, caller: Caller) -> bool:
         """Whether a VM is still the very process that the caller's channel was bound to."""
@@ -190,7 +186,7 @@ class Gate:
                 break  # those left are the first of the next batch
             caller = self._turn[0]
             self._turn.rotate(-1)
-            requests = self._queues[caller].requests
+            requests = self._queues[caller]
             until = self._may_execute(caller) if self.latched_for(caller) is None else -1
             taken = 0
             while (
@@ -219,10 +215,14 @@ class Gate:
 
     def expired(self, now: int) -> list[Refused]:
         """Removes and returns requests whose deadline has passed."""
-        return self._remove(
+        if now < self._earliest:
+            return []
+        late = self._remove(
             lambda r: r.deadline <= now,
             lambda _r: DeadlineError("no complete measurement before the request's deadline"),
         )
+        self._earliest = min((r.deadline for queue in self._queues.values() for r in queue), default=_NEVER)
+        return late
 
     def drop(self, caller: Caller) -> None:
         """Forgets the queued requests of a caller."""
@@ -236,16 +236,16 @@ class Gate:
         self._observers.leave(caller)
 
     def _forget_empty(self) -> None:
-        for caller in [c for c, q in self._queues.items() if not q.requests]:
+        for caller in [c for c, requests in self._queues.items() if not requests]:
             self.drop(caller)
 
     def _remove(
         self, which: Callable[[Waiting], bool], error: Callable[[Waiting], HostdError]
     ) -> list[Refused]:
         refused: list[Refused] = []
-        for queue in self._queues.values():
-            refused += [Refused(r, error(r)) for r in queue.requests if which(r)]
-            queue.requests = deque(r for r in queue.requests if not which(r))
+        for caller, queue in self._queues.items():
+            refused += [Refused(r, error(r)) for r in queue if which(r)]
+            self._queues[caller] = deque(r for r in queue if not which(r))
         self._forget_empty()
         return refused
 
@@ -274,9 +274,9 @@ class Gate:
         """The component to ask for now; it counts as asked for. `takes` says which the measurer takes.
         None: nothing is to be read, or it takes none of that."""
         requests, observers = Demand(), Demand()
-        for queue in self._queues.values():
-            if queue.requests and self.latched_for(queue.caller) is None:
-                requests.add(queue.caller, queue.requests[-1].arrived)
+        for caller, queue in self._queues.items():
+            if queue and self.latched_for(caller) is None:
+                requests.add(caller, queue[-1].arrived)
         for observer in self._observers:
             observers.add(observer.caller, observer.arrived)
 

@@ -6,8 +6,8 @@ arrived, and a second look after the work still agreed.
 
 Kept by one stamp per component: when its latest reading *started*, and how it was judged. A request
 that arrived at time a may execute when every component its caller needs has an acceptable stamp
-that started at or after a. Times are the vault's own monotonic nanoseconds: arrival is taken after the bytes
-were received, a reading's start is when the vault asked for it: true bounds whatever the measurer's clock says.
+that started at or after a. Times are the vault's own monotonic nanoseconds: arrival is taken after receiving,
+a reading's start is when the vault asked for it: true bounds whatever the measurer's clock says.
 
 Everything unknown denies: no stamp, another status, a caller whose process is not the one that the
 channel was bound to. This module does no I/O and holds no key; `hostd.vault.batches` drives it.

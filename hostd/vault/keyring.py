@@ -8,7 +8,7 @@ Python and OpenSSL have copied is freed, not overwritten (docs/threat-model.md, 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from guestlib.errors import UnavailableError, WrongStateError
 from hostd.core.keys import Algorithm, KeyRecord, State, VersionRecord
@@ -45,6 +45,14 @@ def binding(key: KeyRecord, version: int, state: State, generation: int) -> byte
     return b"".join(len(f).to_bytes(2, "big") + f for f in fields)
 
 
+class _Unwrapped(NamedTuple):
+    """Material of a key version that was in use, and what its row said besides its place."""
+
+    row: tuple[str, Algorithm, State, bytes]
+    """Tenant, algorithm, the version's state, wrapped material."""
+    secret: bytes | primitives.PrivateKey
+
+
 class Keyring:
     """Unlocked by `unlock`, empty after `lock`."""
 
@@ -54,7 +62,7 @@ class Keyring:
         self._locked: frozenset[str] = frozenset()
         self._keks: dict[tuple[str, int], bytes] = {}
         self._salt_keys: dict[str, bytes] = {}
-        self._cache: OrderedDict[tuple[str, int, int], bytes | primitives.PrivateKey] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, int, int], _Unwrapped] = OrderedDict()
         self._right: set[tuple[str, bytes, bytes]] = set()
         """(purpose, body, tag) that belong together under this ROOT."""
 
@@ -223,18 +231,19 @@ class Keyring:
         if self._root is None:
             raise UnavailableError("the keys are locked")
         place = (key.id, version.version, version.generation)
+        # The row may have been edited since it was unwrapped: what was opened is of this very row only.
+        row = (key.tenant, key.algorithm, version.state, version.wrapped)
         found = self._cache.get(place)
-        if found is None:
+        if found is None or found.row != row:
             material = self._material(key, version)
-            found = (
+            secret = (
                 material if key.algorithm in SYMMETRIC else primitives.load_private(key.algorithm, material)
             )
-            self._cache[place] = found
+            found = self._cache[place] = _Unwrapped(row, secret)
             if len(self._cache) > MAX_CACHED:
                 self._cache.popitem(last=False)
-        else:
-            self._cache.move_to_end(place)
-        return found
+        self._cache.move_to_end(place)
+        return found.secret
 
     def rewrap(self, key: KeyRecord, version: VersionRecord, state: State) -> VersionRecord:
         """The same version in another state: wrapped anew under the next generation."""

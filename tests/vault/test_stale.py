@@ -208,6 +208,32 @@ def test_another_process_is_seen_by_the_next_batch(warm: Warm, tmp_path: Path) -
     warm.all_refused(WrongStateError)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "UPDATE keys SET tenant='blue'",
+        "UPDATE keys SET algorithm='HMAC-SHA-256'",
+        "UPDATE versions SET state='deactivated'",
+        "UPDATE versions SET wrapped=zeroblob(60)",
+    ],
+)
+def test_a_row_that_another_process_edits_no_longer_opens(warm: Warm, tmp_path: Path, edit: str) -> None:
+    """Also while its material is in memory: that was opened for the row as it was."""
+    warm.store.refresh()
+    other = sqlite3.connect(tmp_path / "store.sqlite", isolation_level=None)
+    other.execute(edit)
+    other.close()
+    warm.store.refresh()
+    for tenant in ("red", "blue"):
+        record = warm.store.key(tenant, warm.key)
+        if record is not None:
+            with pytest.raises(UnavailableError, match="damaged or was replaced"):
+                warm.keyring.secret(record, record.current)
+    blue = Caller(uid=2)
+    with pytest.raises(HostdError):
+        warm.service.execute(blue, ops.Decrypt(warm.ciphertext), NOW)
+
+
 CHANGES: list[Callable[[Store], object]] = [
     lambda s: s.add_tenant("green", NOW),
     lambda s: s.set_meta("x", b""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,12 +19,15 @@ from hostd.vault.waiting import Waiting
 from tests.vault.support_gate import HOST, VM_A, VM_B, A, B, make_gate, of_vm, verdict
 from tests.vault.test_service import BLUE, RED, Desk
 
+_ASYMMETRIC = (Algorithm.RSA_3072, Algorithm.ECDSA_P256, Algorithm.ED25519)
 MESSAGE = many.MessageItem(b"")
 DEAREST: list[tuple[ops.Operation, Algorithm | None]] = [
     (many.EncryptMany("k", (many.EncryptItem(b""),) * MAX_BATCH_ITEMS), None),
     (many.SignMany("k", (MESSAGE,) * MAX_BATCH_RSA_SIGNATURES), Algorithm.RSA_3072),
     (many.SignMany("k", (MESSAGE,) * MAX_BATCH_ITEMS), Algorithm.ED25519),
     (many.VerifyMany("k", (many.VerifyItem(b"", b"s"),) * MAX_BATCH_ITEMS), Algorithm.ED25519),
+    (many.SignMany("k", (MESSAGE,) * MAX_BATCH_ITEMS), None),
+    (many.VerifyMany("k", (many.VerifyItem(b"", b"s"),) * MAX_BATCH_ITEMS), None),
 ]
 
 
@@ -33,12 +37,24 @@ def test_costs() -> None:
 
     assert of(ops.Encrypt("k", b"")) == 1
     assert of(ops.DescribeKey("k")) == 1
-    assert of(ops.Sign("k", b"")) == 1  # no such key
-    assert of(ops.Sign("k", b""), Algorithm.HMAC_SHA_256) == 1
     assert of(ops.Sign("k", b""), Algorithm.RSA_3072) == 1 + 600 // UNIT_US
     assert of(ops.Verify("k", b"", b"s"), Algorithm.ED25519) == 1 + 62 // UNIT_US
     assert of(many.MacMany("k", (MESSAGE,) * 256)) == 65
     assert of(many.SignMany("k", (MESSAGE,) * 16), Algorithm.RSA_3072) == 1 + 16 * 600 // UNIT_US
+
+
+@pytest.mark.parametrize("found", [None, Algorithm.HMAC_SHA_256, Algorithm.AES_256_GCM])
+def test_a_key_that_is_not_there_yet_costs_what_any_might(found: Algorithm | None) -> None:
+    """Else: CreateKey with an alias, and behind it a thousand RSA signatures by it that cost nothing."""
+    for operation in (
+        ops.Sign("alias/k", b""),
+        ops.Verify("alias/k", b"", b"s"),
+        many.SignMany("alias/k", (MESSAGE,) * MAX_BATCH_RSA_SIGNATURES),
+        many.SignMany("alias/k", (MESSAGE,) * MAX_BATCH_ITEMS),
+        many.VerifyMany("alias/k", (many.VerifyItem(b"", b"s"),) * MAX_BATCH_ITEMS),
+    ):
+        any_ = [cost(operation, lambda _key, a=a: a) for a in Algorithm if a in _ASYMMETRIC]
+        assert cost(operation, lambda _key: found) == max(any_) > 1
 
 
 def test_the_dearest_request_is_within_one_batch() -> None:
@@ -52,7 +68,7 @@ def test_the_service_looks_up_the_callers_own_key(service: Service, store: Store
     key = call.create("Ed25519", alias="alias/k")
     for reference in (key, "alias/k"):
         assert service.cost(RED, many.SignMany(reference, (MESSAGE,) * 16)) == 1 + 16 * 20 // UNIT_US
-        assert service.cost(BLUE, many.SignMany(reference, (MESSAGE,) * 16)) == 1
+        assert service.cost(BLUE, many.SignMany(reference, (MESSAGE,) * 16)) == 1 + 16 * 600 // UNIT_US
 
 
 @given(

@@ -2,8 +2,9 @@
 
 The one thing that the measurer does to a VM's run besides `gate.freeze`, and only if the configuration has a
 reaction that suspends: a connection that may change something is opened for each deed, and closed after it.
-libvirt's calls may hang with its daemon, so they are made in a thread of their own, and `expire` gives one
-up that takes over `GIVE_UP_S`; while it hangs every other is refused at once.
+libvirt's calls may hang with its daemon, or with the one VM that does not answer it, as a QEMU that was
+taken over may choose. So each VM's are made in a thread of its own, and `expire` gives one up that takes over
+`GIVE_UP_S`; while it hangs every other of this VM is refused at once, and those of other VMs are served.
 
 What it suspended is noted in a file of the run directory before, with the run of the domain: only such a
 run is resumed, so that a VM that an operator has paused stays paused. A file that outlives a measurer that
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import re
 import threading
 import time
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GIVE_UP_S: Final = 20.0
+MAX_HANGING: Final = 16
+"""Deeds given up that hang, over which all are refused: libvirt's daemon has 20 workers for such calls."""
 MAX_TEXT: Final = 500
 _NOTE: Final = "measurer.suspended-"
 _RUN: Final = re.compile(rb"[0-9]{1,9}")
@@ -47,21 +49,21 @@ class Outcome(NamedTuple):
 
 
 class Suspender:
-    """Does one deed at a time, in a thread that starts with the first."""
+    """Does one deed of a VM at a time, in a thread that lives as long as the VM has any."""
 
     def __init__(self, uri: str, run: Path, *, allowed: bool) -> None:
         """`allowed` false: nothing is suspended (what was, before, is still resumed)."""
         self._uri = uri
         self._run = run
         self._allowed = allowed
-        self._asked: queue.SimpleQueue[Deed] = queue.SimpleQueue()
+        self._asked: dict[str, deque[Deed]] = {}
+        """VMs with a thread, and what is still to be done for each."""
         self._done: deque[Outcome] = deque()
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()
-        self._open: dict[tuple[int, int], float] = {}
-        """Tickets without an outcome, and when each is given up."""
-        self._given_up: set[tuple[int, int]] = set()
-        self._thread: threading.Thread | None = None
+        self._open: dict[tuple[int, int], tuple[str, float]] = {}
+        """Tickets without an outcome: of which VM, and when each is given up."""
+        self._given_up: dict[tuple[int, int], str] = {}
 
     def fileno(self) -> int:
         """Readable when there are outcomes."""
@@ -73,26 +75,25 @@ class Suspender:
             self._tell(Outcome(deed.ticket, False, "no reaction of this configuration suspends"))
             return
         with self._lock:
-            hanging = bool(self._given_up)
+            hanging = deed.vm in self._given_up.values() or len(self._given_up) >= MAX_HANGING
+            serves = deed.vm in self._asked
             if not hanging:
-                self._open[deed.ticket] = time.monotonic() + GIVE_UP_S
+                self._open[deed.ticket] = deed.vm, time.monotonic() + GIVE_UP_S
+                self._asked.setdefault(deed.vm, deque()).append(deed)
         if hanging:
             self._tell(Outcome(deed.ticket, False, "libvirt does not answer"))
-            return
-        if self._thread is None:
+        elif not serves:
             # A daemon: one that hangs must not keep the process from ending.
-            self._thread = threading.Thread(target=self._serve, name="suspender", daemon=True)
-            self._thread.start()
-        self._asked.put(deed)
+            threading.Thread(target=self._serve, args=(deed.vm,), name="suspender", daemon=True).start()
 
     def expire(self) -> None:
         """Gives up what takes too long; called now and then."""
         now = time.monotonic()
         with self._lock:
-            late = [ticket for ticket, until in self._open.items() if until <= now]
+            late = {ticket: vm for ticket, (vm, until) in self._open.items() if until <= now}
             for ticket in late:
                 del self._open[ticket]
-                self._given_up.add(ticket)
+            self._given_up |= late
         for ticket in late:
             self._tell(Outcome(ticket, False, "libvirt does not answer"))
 
@@ -109,13 +110,16 @@ class Suspender:
         self._done.append(outcome)
         os.eventfd_write(self._event, 1)
 
-    def _serve(self) -> None:
+    def _serve(self, vm: str) -> None:
         while True:
-            deed = self._asked.get()
+            with self._lock:
+                if not self._asked[vm]:
+                    del self._asked[vm]
+                    return
+                deed = self._asked[vm].popleft()
             done, detail = self._do(deed.vm, deed.on)
             with self._lock:
-                given_up = deed.ticket in self._given_up
-                self._given_up.discard(deed.ticket)
+                given_up = self._given_up.pop(deed.ticket, None) is not None
                 self._open.pop(deed.ticket, None)
             if not given_up:
                 self._tell(Outcome(deed.ticket, done, detail[:MAX_TEXT]))

@@ -164,3 +164,33 @@ def test_a_libvirt_that_hangs_is_given_up(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not paused(domain), outcome
+
+
+def test_a_machine_that_hangs_keeps_no_other_from_being_suspended(
+    doer: Suspender, domain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    other = "00000000-0000-4000-8000-000000000000"
+    go_on = threading.Event()
+    do_it = doer._do
+
+    def hang(vm: str, on: bool) -> tuple[bool, str]:
+        if vm == other:
+            go_on.wait(60)
+        return do_it(vm, on)
+
+    monkeypatch.setattr(doer, "_do", hang)
+    vm = domain.UUIDString()
+    with monkeypatch.context() as patch:
+        patch.setattr(suspender, "GIVE_UP_S", 0.0)
+        doer.ask(Deed((1, 1), other, True))
+    # Before it is given up, and after.
+    assert do(doer, vm, True, 2).detail == "the VM is suspended"
+    doer.expire()
+    assert doer.outcomes() == [Outcome((1, 1), False, "libvirt does not answer")]
+    assert do(doer, vm, False, 3).detail == "the VM runs again"
+    assert not do(doer, other, True, 4).done
+    monkeypatch.setattr(suspender, "MAX_HANGING", 1)
+    assert do(doer, vm, True, 5) == Outcome((1, 5), False, "libvirt does not answer")
+    go_on.set()

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from hostd.vault.reactions import Poison, Power
     from hostd.vault.store import Store
 
+AUTO_PAUSE_S: Final = 600.0
+"""A clean reading clears a component this long after the last such clear at the earliest. Each has everything
+measured anew and a batch withheld, for all, and a machine that was taken over can drift and mend itself at
+will."""
 _SEEN: Final = re.compile(r"log of boot ([0-9a-f-]{1,36}) read to byte ([0-9]{1,18}) \| ")
 
 
@@ -57,8 +61,10 @@ class Drift:
         counters: Counters,
         tpm: Poison,
         power: Power,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._house = house
+        self._now = now
         self._gate = gate
         self._store = store
         self._ledger = ledger
@@ -79,6 +85,8 @@ class Drift:
             power=power,
             shredding=self.shredding,
         )
+        self._cleared_at: dict[Component, float] = {}
+        """When clean readings cleared components last, seconds."""
         self._unsaid: dict[Component, tuple[Finding, ...]] = {}
         self._seen_of_log: Accepted | None = None
         """The IMA log as far as it was read when its drift was recorded: what an officer has seen."""
@@ -158,16 +166,26 @@ class Drift:
         found: Callable[[Component, tuple[Finding, ...]], None],
         measuring: Measuring,
     ) -> None:
-        """A reading that shows no new drift. Its warnings are one where a reaction to them is configured; and
-        if there are none, a clean reading ends a drift where that is configured."""
+        """A reading that shows no new drift. Its warnings are one where a reaction to them is configured (the
+        component is PENDING, mostly); and if there are none, a clean reading ends a drift where that is
+        configured, every `AUTO_PAUSE_S` at most."""
         component, findings = verdict.component, verdict.findings
-        if verdict.status is not Status.VERIFIED:
-            return
         if self.reactions.reacts_to_warnings(component, findings):
             found(component, findings)
-        elif component.kind in self._auto and component in self._gate.latched:
+        elif (
+            verdict.status is Status.VERIFIED
+            and component.kind in self._auto
+            and component in self._gate.latched
+            and self._may_clear(component)
+        ):
             with suppress(HostdError):  # it stays latched
                 self.clear(component, "a clean reading (drift.recovery is auto)", "", measuring)
+                self._cleared_at[component] = self._now()
+
+    def _may_clear(self, component: Component) -> bool:
+        early = self._now() - AUTO_PAUSE_S
+        self._cleared_at = {c: at for c, at in self._cleared_at.items() if at > early}
+        return component not in self._cleared_at
 
     def clear(self, component: Component, reason: str, officer: str, measuring: Measuring) -> bool:
         """An officer vouches for the component again; False if it had not drifted."""

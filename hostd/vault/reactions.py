@@ -25,7 +25,7 @@ from hostd.platform.tpm_errors import TpmError
 from hostd.vault.custody import LOCKED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from hostd.config import Drift as Settings
     from hostd.core.findings import Finding
@@ -33,11 +33,14 @@ if TYPE_CHECKING:
     from hostd.vault.counters import Counters
     from hostd.vault.custody import Custody, House
     from hostd.vault.keyring import Keyring
-    from hostd.vault.ledger import Ledger
+    from hostd.vault.ledger import Entry, Ledger
     from hostd.vault.shredding import Shredding
     from hostd.vault.store import Store
 
 RETRY_S: Final = 5.0
+MAX_HEARD: Final = 65_536
+"""Entries after a drift's own in which a start looks for its steps, some 0.1 s: while one machine's drift is
+open the others work on. A step that was done later, and not by the store's word, is done again."""
 _BOOK: Final = "reactions"
 _PLAN: Final = re.compile(
     r"(?:log of boot [0-9a-f-]{1,36} read to byte [0-9]{1,18} \| )?"
@@ -354,7 +357,7 @@ class Reactions:
                 work = Work(Plan(steps), steps)
             unsaid = {*work.unsaid} & {*work.done} if work is not None else set()
             unsaid -= {*heard.done} if heard is not None else set()
-            plan = (work or heard or Work(Plan(()))).plan
+            plan = _whole_plan(*(one.plan for one in (heard, work) if one is not None))
             course = self._courses[component] = _Course(component, plan, unsaid=unsaid)
             for one in (work, heard):
                 for step in one.done if one is not None else ():
@@ -365,10 +368,7 @@ class Reactions:
     def _said(self, open_drift: Mapping[str, int]) -> dict[str, Work]:
         """What the ledger says of the open drifts."""
         found: dict[str, Work] = {}
-        if not open_drift:
-            return found
-        start = min(open_drift.values())
-        for entry in self._ledger.entries(start, self._ledger.size - start):
+        for entry in self._after(open_drift.values()):
             if entry.op not in open_drift or entry.seq < open_drift[entry.op]:
                 continue
             if entry.event == "drift" and (match := _PLAN.match(entry.detail)) is not None:
@@ -382,3 +382,17 @@ class Reactions:
                     work = found[entry.op]
                     found[entry.op] = Work(work.plan, (*work.done, step))
         return found
+
+    def _after(self, numbers: Iterable[int]) -> Iterator[Entry]:
+        """These entries, and `MAX_HEARD` after each; each entry once, in order."""
+        at = 0
+        for number in sorted(numbers):
+            start, at = max(at, number), max(at, number + MAX_HEARD)
+            yield from self._ledger.entries(start, at - start)
+
+
+def _whole_plan(*plans: Plan) -> Plan:
+    """All that was decided, by the ledger first: no step is lost because the store's row lost it."""
+    steps = {step for plan in plans for step in plan.steps}
+    tenant = next((plan.tenant for plan in plans if plan.tenant), "")
+    return Plan(tuple(step for step in ORDER if step in steps), tenant)

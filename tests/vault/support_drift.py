@@ -80,6 +80,7 @@ class Vault:
         self.keyring = Keyring(self.store)
         self.keyring.unlock(root())
         self.measuring = SimulatedMeasuring()
+        self.seconds = 0.0
         self.shut: dict[str, str | None] = {}
         self.custody = Custody(
             self,
@@ -105,6 +106,7 @@ class Vault:
             counters=self.counters,
             tpm=tpm,
             power=power,
+            now=lambda: self.seconds,
         )
         self.drift.restore(self.ledger.open_drift)
         self.drift.go_on()

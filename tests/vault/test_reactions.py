@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from guestlib.errors import HostdError, NotFoundError, UnavailableError
 from hostd.config import Config, Reaction
 from hostd.config import Drift as Settings
+from hostd.core.appraise_relro import RelroJudge
 from hostd.core.callers import vm_principal
 from hostd.core.codes import Code
 from hostd.core.findings import (
@@ -31,10 +32,14 @@ from hostd.core.findings import (
 )
 from hostd.core.keys import State
 from hostd.core.reacting import Step
+from hostd.core.reading_hypervisor import Hypervisor
+from hostd.core.reading_relro import RelroReading
+from hostd.core.reference import Reference
 from hostd.ipc.loop import Loop
 from hostd.vault import reactions
 from hostd.vault.custody import LOCKED
-from hostd.vault.ledger import Entry
+from hostd.vault.drift import AUTO_PAUSE_S
+from hostd.vault.ledger import Entry, Ledger
 from hostd.vault.membership import Membership
 from hostd.vault.store import StoreError
 from tests.vault.support_drift import SimulatedTpm, Vault
@@ -390,6 +395,51 @@ def test_a_damaged_row_is_made_good_from_the_ledger(bench: Bench, row: bytes | N
     assert vault.custody.held
 
 
+def test_a_row_that_lost_steps_has_them_from_the_ledger(bench: Bench) -> None:
+    vault = bench.start(*ALL_STEPS, poison_pcr=12)
+    bench.tpm.fails = bench.machines.fails = True
+    vault.find(PROCESS)
+    less = reactions.Plan((Step.REFUSE,), "blue")
+    row = reactions.Book({str(PROCESS): reactions.Work(less, (Step.REFUSE,))})
+    vault.store.set_meta("reactions", msgspec.msgpack.encode(row))
+    vault.store.commit()
+    bench.tpm.fails = bench.machines.fails = False
+    vault = bench.start()
+    assert lines(vault) == dict.fromkeys(["refuse", "lock", "suspend-vm", "poison"], "done")
+    assert bench.tpm.poisons == 1
+    assert bench.machines.suspended == {VM_A}
+    assert vault.drift.reactions.plan(PROCESS).tenant == "red"
+
+
+def test_a_start_reads_a_bounded_part_of_the_ledger(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One machine's drift may be open for weeks, and the others work on."""
+    monkeypatch.setattr(reactions, "MAX_HEARD", 8)
+    vault = bench.start(Step.SUSPEND_VM)
+    vault.find(PROCESS)
+    for _ in range(40):
+        vault.record("operation")
+    vault.find(FILES)
+    for _ in range(40):
+        vault.record("operation")
+    vault.store.set_meta("reactions", b"")
+    vault.store.commit()
+    bench.stop()
+    read: list[int] = []
+    stretch = Ledger.stretch
+
+    def counted(ledger: Ledger, start: int, count: int) -> list[bytes]:
+        found = stretch(ledger, start, count)
+        read.extend(range(start, start + len(found)))
+        return found
+
+    monkeypatch.setattr(Ledger, "stretch", counted)
+    vault = bench.start()
+    assert len(read) == len(set(read)) == 16
+    assert lines(vault) == {"refuse": "done", "suspend-vm": "done"}
+    assert lines(vault, FILES) == {"refuse": "done", "lock": "done"}
+    assert bench.machines.asked == [(VM_A, True)]
+
+
 BOOK = msgspec.msgpack.encode(
     reactions.Book(
         {str(PROCESS): reactions.Work(reactions.Plan((Step.REFUSE, Step.POISON), "red"), (Step.REFUSE,))},
@@ -552,6 +602,26 @@ def test_a_clean_reading_clears_what_is_configured_so_and_nothing_else(bench: Be
     assert POSTURE not in bench.start().gate.latched
 
 
+def test_who_drifts_and_mends_himself_at_will_is_not_cleared_as_often(bench: Bench) -> None:
+    """Each clear has everything measured anew and withholds the batch under way, also of all others."""
+    vault = bench.start(recovery={Kind.PROCESS: "auto"})
+    other = process_of(VM_B)
+    for _ in range(50):
+        for component in (PROCESS, other):
+            vault.found(component, (finding(component),))
+            judged(vault, component, Status.VERIFIED)
+        vault.seconds += 1
+    assert vault.measuring.restarts == 2
+    assert vault.gate.latched.keys() == {PROCESS, other}
+    vault.seconds = AUTO_PAUSE_S
+    judged(vault, PROCESS, Status.VERIFIED)
+    assert vault.gate.latched.keys() == {other}
+    # An officer is not held up.
+    vault.found(PROCESS, (finding(PROCESS),))
+    vault.clear(PROCESS)
+    assert vault.gate.latched.keys() == {other}
+
+
 def test_by_default_a_clean_reading_clears_nothing(bench: Bench) -> None:
     vault = bench.start()
     vault.find(POSTURE)
@@ -570,16 +640,20 @@ def test_a_clean_reading_that_cannot_be_recorded_clears_nothing(bench: Bench) ->
 
 def test_a_warning_is_drift_where_it_is_configured(bench: Bench) -> None:
     relro = relro_of(VM_A)
-    warning = Finding(str(relro), Code.RELRO_UNCOVERED.value, Severity.WARNING, "a", "b", "c")
+    hypervisor = Hypervisor(7, 70, 64055, VM_A, "a", 7, "/usr/bin/qemu", "kvm", "proc")
+    reading = RelroReading(hypervisor, (), ("/usr/lib/libx.so",), bytes(16), (), 0, 0)
+    verdict = RelroJudge().appraise(relro, reading, Reference("hostd-reference/2", 1, 1, "h"))
+    (warning,) = verdict.findings
+    assert (warning.code, warning.severity) == (Code.RELRO_UNCOVERED, Severity.WARNING)
     vault = bench.start()
-    judged(vault, relro, Status.VERIFIED, warning)
+    judged(vault, relro, verdict.status, warning)
     assert not vault.gate.latched
     rule = Reaction((Kind.RELRO,), (Step.SUSPEND_VM,), Severity.WARNING)
     vault = bench.start(rules=(rule,), recovery={Kind.RELRO: "auto"})
-    judged(vault, relro, Status.VERIFIED, warning)
+    judged(vault, relro, verdict.status, warning)
     assert vault.gate.latched.keys() == {relro}
     assert bench.machines.suspended == {VM_A}
-    judged(vault, relro, Status.VERIFIED, warning)
+    judged(vault, relro, verdict.status, warning)
     assert vault.gate.latched.keys() == {relro}, "not clean"
     judged(vault, relro, Status.VERIFIED)
     assert not vault.gate.latched

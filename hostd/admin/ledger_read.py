@@ -115,6 +115,8 @@ class _Source:
 
     first = 0
     end: int
+    ends = False
+    """Nothing follows entry `end` - 1 where it is; else what was appended since may."""
     root: bytes
     edge: Frontier
     """Before `first`."""
@@ -134,7 +136,7 @@ def _compare(source: _Source) -> tuple[Fault | None, bytes]:
     """The first entry that is not as recorded, and the root that the lines up to `end` lead to."""
     edge, kept = source.edge.copy(), source.edge.copy()
     lines = source.lines()
-    numbers = True
+    numbers, behind = True, False
     at = source.first
     for chunk in lines:
         some = chunk[: source.end - at]
@@ -146,9 +148,13 @@ def _compare(source: _Source) -> tuple[Fault | None, bytes]:
         edge.extend([leaf_hash(line[:-1]) for line in some])
         at += len(some)
         if at >= source.end:
+            behind = source.ends and len(chunk) > len(some)
             break
     if edge.size == source.end and numbers and edge.root() == source.root:
-        return None, edge.root()
+        last = source.end - 1
+        return ledgercheck.Fault(
+            last, f"something stands after entry {last}"
+        ) if behind else None, edge.root()
     for at in range(source.first, source.end, CHUNK):
         kept.extend(source.leaves(at, min(CHUNK, source.end - at)))
     if kept.size == source.end and kept.root() == source.root:
@@ -272,6 +278,8 @@ class _First(msgspec.Struct, frozen=True):
 
 
 class _Export(_Source):
+    ends = True
+
     def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         self._folder = folder
         self.end, self.root, self.edge = checkpoint.size, checkpoint.root, Frontier()
@@ -287,7 +295,9 @@ class _Export(_Source):
                     data = file.read(MAX_BUNDLE_BYTES + 1)
             except OSError as error:
                 raise LedgerError(f"{path}: {error.strerror}") from error
-            yield [body + b"\n" for body in split_bundle(data)]
+            bodies = split_bundle(data)
+            rest = data[sum(2 + len(body) for body in bodies) :]
+            yield [*(body + b"\n" for body in bodies), *([rest] if rest else [])]
 
     def leaves(self, start: int, count: int) -> list[bytes]:
         found: list[bytes] = []

@@ -14,7 +14,15 @@ import msgspec
 from guestlib.attest.checkpoint import parse_checkpoint
 from guestlib.attest.merkle import leaf_hash
 from guestlib.errors import ConflictError, WrongStateError
-from hostd.admin.ledger_read import ARCHIVE_FORMAT, ARCHIVE_NAME, CHECKPOINT_NAME, TILE, Archive, tile_name
+from hostd.admin.ledger_read import (
+    ARCHIVE_FORMAT,
+    ARCHIVE_NAME,
+    CHECKPOINT_NAME,
+    TILE,
+    Archive,
+    archived_lines,
+    tile_name,
+)
 from hostd.core.entry import LedgerError
 from hostd.core.merkle import Frontier, verify_consistency
 from hostd.ipc import operating as adm
@@ -131,7 +139,11 @@ def archive(ask: Ask, folder: Path, keep: int) -> tuple[int, int]:
     """
     bounds, before = _bounds(ask), _archived(folder)
     if before is not None and before.end in bounds[1:]:
-        # Copied before, and not removed then.
+        # Copied before, and not removed then. Somebody may have been at the copy since.
+        if _root_of_lines(folder, before.end) != before.root:
+            raise LedgerError(
+                f"{folder} says that it has the first {before.end} entries, and does not: nothing was removed"
+            )
         ask(adm.DropSegments(before.end, before.root), adm.Nothing)
         bounds = _bounds(ask)
     ends = bounds[1 : len(bounds) - keep]
@@ -141,10 +153,10 @@ def archive(ask: Ask, folder: Path, keep: int) -> tuple[int, int]:
     held = 0 if before is None else before.end
     if held != first:
         raise ConflictError(f"{folder} has the first {held} entries; the first to archive is {first}")
-    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    _make_folder(folder)
     proof = ask(adm.LedgerConsistency(end), adm.ConsistencyProof)
     assert isinstance(proof, adm.ConsistencyProof)
-    with (folder / "hashes-0").open("r+b" if first else "wb") as hashes:
+    with open(folder / "hashes-0", "r+b" if first else "wb", opener=_private) as hashes:
         hashes.seek(first * 32)
         hashes.truncate()
         for start, upto in zip(bounds, ends, strict=False):
@@ -177,13 +189,34 @@ def _archived(folder: Path) -> Archive | None:
 
 
 def _copy(ask: Ask, path: Path, start: int, end: int, hashed: Callable[[bytes], object]) -> None:
-    with path.open("wb") as file:
+    with open(path, "wb", opener=_private) as file:
         for lines in pages(ask, start, end):
             for line in lines:
                 file.write(line + b"\n")
                 hashed(leaf_hash(line))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _private(path: str, flags: int) -> int:
+    """Entries tell who did what: as in the state directory they are nobody else's to read."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o640)
+
+
+def _make_folder(folder: Path) -> None:
+    """Durably: the vault removes its copy of what is put there."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    for one in missing:
+        _sync_folder(one.parent)
+
+
+def _root_of_lines(folder: Path, end: int) -> bytes:
+    """Raises: LedgerError, there are fewer."""
+    edge = Frontier()
+    for lines in archived_lines(folder, end):
+        edge.extend([leaf_hash(line) for line in lines])
+    return edge.root()
 
 
 def _root(hashes: Path, end: int) -> bytes:
@@ -217,7 +250,11 @@ def write(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
-    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -149,6 +150,58 @@ def test_an_archive_that_was_not_finished(desk: Desk, tmp_path: Path) -> None:
     with pytest.raises(WrongStateError, match="no closed segment"):
         ledger_write.archive(desk.ask, place, 1)
     assert fine(place, desk).entries == desk.ledger.first > 0
+
+
+@pytest.mark.parametrize("lost", ["removed", "edited", "cut"])
+def test_a_copy_that_was_lost_meanwhile_is_not_taken_for_one(desk: Desk, tmp_path: Path, lost: str) -> None:
+    """`archive.json` says that the entries are there: the vault removes its own only if they are."""
+    place, segments = tmp_path / "archive", len(desk.ledger.closed)
+
+    def refusing(command: adm.LedgerCommand, result: type) -> object:
+        if isinstance(command, adm.DropSegments):
+            raise ConflictError("not now")
+        return desk.ask(command, result)
+
+    with pytest.raises(ConflictError, match="not now"):
+        ledger_write.archive(refusing, place, 1)
+    copy = closed_segments(place)[0].path
+    data = copy.read_bytes()
+    if lost == "removed":
+        copy.unlink()
+    else:
+        copy.write_bytes(data[:-20] if lost == "cut" else data.replace(b'"released"', b'"relaesed"', 1))
+    with pytest.raises(LedgerError, match=r"nothing was removed|are missing"):
+        ledger_write.archive(desk.ask, place, 1)
+    assert (desk.ledger.first, len(desk.ledger.closed)) == (0, segments)
+
+
+def test_an_archive_is_nobody_elses_to_read(desk: Desk, tmp_path: Path) -> None:
+    place = tmp_path / "archive"
+    place.mkdir(mode=0o755)
+    before = os.umask(0o022)
+    try:
+        ledger_write.archive(desk.ask, place, 1)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o007 for path in place.iterdir() if path.name != "checkpoint"}
+    assert {name: mode for name, mode in modes.items() if name != "archive.json"} == dict.fromkeys(
+        ["hashes-0", *(path.name for _, path in closed_segments(place))], 0
+    )
+
+
+@pytest.mark.parametrize("entries", [70, 256])
+@pytest.mark.parametrize("junk", [b"\0", b"\xff\xff and no such length", b"\0\x02{}"])
+def test_an_export_has_nothing_behind_its_last_entry(tmp_path: Path, junk: bytes, entries: int) -> None:
+    (tmp_path / "s").mkdir()
+    desk = Desk(tmp_path / "s", entries=10_000)
+    desk.fill(entries)
+    ledger_write.export(desk.ask, tmp_path / "out", None, 0)
+    (bundle,) = [path for path in (tmp_path / "out" / "tile" / "entries").rglob("*") if path.is_file()]
+    bundle.write_bytes(bundle.read_bytes() + junk)
+    assert verify(tmp_path / "out", desk.bundle).problem.endswith(
+        f"something stands after entry {entries - 1}"
+    )
+    desk.close()
 
 
 def test_an_archive_is_of_one_ledger(desk: Desk, tmp_path: Path) -> None:

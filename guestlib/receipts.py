@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 PAUSE_S: Final = 0.2
 MAX_WAIT_S: Final = 10.0
-"""For one page of the audit log; a host gives ten a second."""
+"""For one page of the audit log; a host gives five a second."""
 
 R = TypeVar("R", bound=messages.Result)
 

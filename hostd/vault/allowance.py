@@ -10,7 +10,7 @@ from typing import Final
 from guestlib.errors import OverloadedError
 
 PER_SECOND: Final = 200
-"""Units of one caller; a receipt costs 1 and some 60 us, so a flood takes about 1 % of the vault."""
+"""Units of one caller, of some 50 us: a flood takes about 1 % of the vault."""
 BURST: Final = 400
 ALL_PER_SECOND: Final = 2000
 """Units of all callers together: a tenth of the vault's time."""

@@ -61,12 +61,16 @@ class KnownFile:
 
 
 class FileBook:
-    """All files known, by the measurer's numbers, and which segments the last reading found good."""
+    """All files known, by the measurer's numbers, and which segments the last reading found good.
+
+    `good`, with what was not read for it and only stands, is for hostd's own processes; hypervisors rest on
+    what was read for that very reading, `fresh`."""
 
     def __init__(self) -> None:
         self.known: dict[int, KnownFile] = {}
         self.unreadable: dict[int, str] = {}
         self.good: frozenset[SegmentKey] = frozenset()
+        self.fresh: frozenset[SegmentKey] = frozenset()
 
     def learn(self, number: int, reading: FileIdentity | Missing) -> None:
         """Takes in what a file is. The first identity stands; a later one with the same digest adds
@@ -105,7 +109,9 @@ class FileBook:
                 good.add(_key(segment))
             else:
                 altered.append(segment)
-        self.good = frozenset(good)
+        self.good = self.fresh = frozenset(good)
+        if reading.standing:
+            self.fresh = self.good - set(map(_key, reading.segments[-reading.standing :]))
         claims = self._claims(reading, reference)
         wanted = frozenset(sorted(identify)[:MAX_IDENTIFY])
         findings = tuple(self._altered(altered, reading.altered))[:MAX_FINDINGS]

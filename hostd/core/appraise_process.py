@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from hostd.core.codes import Code
-from hostd.core.findings import Component, Finding, Severity, Status, Verdict
+from hostd.core.findings import SELF, Component, Finding, Severity, Status, Verdict
 from hostd.core.readings import EXEC, READ, WRITE
 from hostd.core.reference import DELETED, date_of
 
@@ -222,7 +222,8 @@ class _Judge:
         """Whether the last files reading found this range good. A segment ends at the file's last page."""
         pages = -(-size // 4096) * 4096
         length = min(mapping.end - mapping.start, pages - mapping.offset)
-        return (number, mapping.offset, length) in self._files.good
+        found = self._files.good if self._component == SELF else self._files.fresh
+        return (number, mapping.offset, length) in found
 
     def pages(self, reading: ProcessReading) -> None:
         for page in reading.altered:

@@ -72,6 +72,9 @@ class FilesReading(Struct, frozen=True, tag="files"):
     altered: Annotated[tuple[AlteredPage, ...], msgspec.Meta(max_length=MAX_ALTERED)] = ()
     """Pages that are not what they were when the measurer identified their file; to name the byte. The
     judgement rests on the tags."""
+    standing: Annotated[int, msgspec.Meta(ge=0, le=MAX_SEGMENTS)] = 0
+    """The last so many of `segments` were not read for this, and have the tags of an earlier reading: nobody
+    but hostd's own processes mapped them when it began."""
 
 
 class FileIdentity(Struct, frozen=True, tag="file"):

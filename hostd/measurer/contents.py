@@ -11,8 +11,9 @@ Two ways to read a segment for its tag, giving the same tag:
 If a disk fails under a root-owned file the measurer dies and the gate closes.
 
 What only hostd's own processes map (some 70 MB of libraries) is read in turn, `OWN_BYTES` in a reading; in
-between its last tags are reported. A request rests on the code of the hypervisors being read anew, not
-on that of who reads it: whoever changes that one decides what it says.
+between its last tags are reported, and said to be that: a hypervisor that maps it from now on rests on the
+next reading. A request rests on the code of the hypervisors being read anew, not on that of who reads it:
+whoever changes that one decides what it says.
 
 A segment that was never identified cannot be good, whatever its tag: it is reported with a tag of zeros
 and is not read. So mapping ever new files costs the others nothing.
@@ -154,7 +155,10 @@ class ContentsProbe:
                 self._odd.add(item)
             elif self._odd:
                 self._odd.discard(item)
-        return FilesReading(tuple(filter(None, map(segments.get, wanted))), tuple(self._altered()))
+        stand = self._own.keys() - tags.keys()
+        now = (segments.get(item) for item in wanted if item not in stand)
+        reported = (*filter(None, now), *(segments[item] for item in stand))
+        return FilesReading(reported, tuple(self._altered()), standing=len(stand))
 
     def _renew(self, wanted: tuple[Range, ...]) -> None:
         """Another plan. Of what was reported that stands which is read in turn."""

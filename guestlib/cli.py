@@ -34,7 +34,8 @@ MAX_INPUT_BYTES: Final = 1 << 20
 MAX_LOG_BYTES: Final = 256 << 20
 
 _HINTS: Final[dict[type[errors.HostdError], str]] = {
-    errors.MalformedError: "see docs/protocol.md for what the operation takes; larger data goes by data-key",
+    errors.MalformedError: "see docs/protocol.md for what the operation takes; larger data goes by"
+    " `hostd-guest file encrypt`",
     errors.DeniedError: "the tenant's policy decides; the ledger entry says what was asked",
     errors.UnauthenticatedError: "this VM or user is not bound to a tenant; ask the host's operators",
     errors.NotFoundError: "`hostd-guest list-keys` shows the keys of this tenant",
@@ -130,8 +131,6 @@ def to_json(value: Any) -> Any:
 
 def show(options: argparse.Namespace, result: Any, raw: bytes | str) -> None:
     """The whole result with --json; else the part that a pipe wants: bytes as they are, text as a line."""
-    if options.receipt:
-        receiptcommands.save(options.receipt, result)
     if options.json:
         print(json.dumps(to_json(result)))
     elif isinstance(raw, bytes):
@@ -139,6 +138,9 @@ def show(options: argparse.Namespace, result: Any, raw: bytes | str) -> None:
         sys.stdout.buffer.flush()
     else:
         print(raw)
+    # Last: whatever becomes of the receipt, the answer is not lost.
+    if options.receipt:
+        receiptcommands.save(options.receipt, result)
 
 
 def key_line(key: messages.KeyInfo) -> str:
@@ -235,6 +237,8 @@ def shred(client: Client, o: argparse.Namespace) -> None:
 
 
 def file_command(client: Client, o: argparse.Namespace) -> None:
+    if o.receipt:
+        raise UsageError("a file's receipt is that of its data key: `hostd-guest receipt list`, then `get`")
     result = filecommands.run(client, o, parse_aad(o.aad))
     if o.json and o.out != "-":
         print(json.dumps(to_json(result)))
@@ -280,6 +284,19 @@ def _nonce(text: str) -> bytes:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Takes a command's options before, between and after its arguments."""
+
+    _mixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._mixing or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._mixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixing = False
+
     def error(self, message: str) -> NoReturn:
         sys.exit(fail(message, f"`{self.prog} --help` explains", 2))
 
@@ -384,7 +401,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, ValueError) as error:
         return fail(str(error), None, 2)
     except errors.HostdError as error:
-        hint = next((text for cls, text in _HINTS.items() if isinstance(error, cls)), None)
+        hints = [*getattr(options, "hints", {}).items(), *_HINTS.items()]
+        hint = next((text for cls, text in hints if isinstance(error, cls)), None)
         return fail(str(error), hint, exit_code(error))
     except BrokenPipeError:
         # Nothing more can be written: neither the rest, nor the flush at exit.

@@ -6,11 +6,12 @@ import dataclasses
 import datetime
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from guestlib.attest.bundle import MAX_BUNDLE_BYTES, parse_bundle
-from guestlib.errors import MalformedError, VerificationError
+from guestlib.errors import HostdError, MalformedError, NotFoundError, VerificationError
 from guestlib.wire.messages import Receipt, Result
 
 if TYPE_CHECKING:
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES: Final = 1 << 20
 """A receipt is at most 128 KiB; a request and an answer each fit a frame."""
+GET_HINTS: Final[dict[type[HostdError], str]] = {
+    NotFoundError: "`hostd-guest receipt list` shows this tenant's entries; only an answered request has"
+    " a receipt, and it may have to wait for the TPM's next quote"
+}
+VERIFY_HINTS: Final[dict[type[HostdError], str]] = {
+    VerificationError: "rely on nothing in it; at steps 9 and 10 look whether request and answer are those of"
+    " this receipt (the steps are in docs/receipts.md)"
+}
 
 
 def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser]) -> None:
@@ -29,11 +38,11 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser]) -> 
     receipt = commands.add_parser("receipt", help="what the ledger says of this tenant's requests")
     parts = receipt.add_subparsers(required=True, metavar="COMMAND", parser_class=parser_class)
     get = parts.add_parser("get", help="fetch the receipt of an earlier answer, by its ledger entry")
-    get.set_defaults(run=get_receipt, offline=False)
+    get.set_defaults(run=get_receipt, offline=False, hints=GET_HINTS)
     get.add_argument("entry", type=int, metavar="ENTRY")
     get.add_argument("-o", "--out", default="-", metavar="FILE", help="default: standard output")
     verify = parts.add_parser("verify", help="verify a receipt step by step, without a connection")
-    verify.set_defaults(run=verify_file, offline=True)
+    verify.set_defaults(run=verify_file, offline=True, hints=VERIFY_HINTS)
     verify.add_argument("receipt_file", metavar="RECEIPT")
     verify.add_argument("--request", metavar="FILE", help='what was asked: JSON, {"op": …, "args": …}')
     verify.add_argument("--answer", metavar="FILE", help="what was answered: JSON, the ok object")
@@ -44,6 +53,7 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser]) -> 
 
 def save(name: str, result: Any) -> None:
     """Writes a result's receipt to `name`, its request and answer beside it, for this user's eyes only.
+    Where the host reads PCRs (`gate.tpm`) the receipt itself is fetched later: a note says how.
 
     Raises:
         ValueError: there is none, or it cannot be written.
@@ -51,11 +61,13 @@ def save(name: str, result: Any) -> None:
     receipt = result.receipt if isinstance(result, Result) else None
     if receipt is None:
         raise ValueError("this command has no receipt")
-    if receipt.document is None:
-        raise ValueError(f"the receipt did not come with the answer: `receipt get {receipt.ledger}` later")
-    _write(name, receipt.document)
     _write(f"{name}.request", receipt.request or b"")
     _write(f"{name}.answer", receipt.answer or b"")
+    if receipt.document is None:
+        later = f"`hostd-guest receipt get {receipt.ledger} -o {name}`"
+        print(f"note: no quote covers the answer yet; its receipt comes later: {later}", file=sys.stderr)
+    else:
+        _write(name, receipt.document)
 
 
 def _write(name: str, data: bytes) -> None:

@@ -59,6 +59,23 @@ def test_a_round_trip_is_binary_safe(
     assert shown["receipt"]["passed"] == 3
 
 
+def test_options_stand_anywhere(
+    run: Callable[..., subprocess.CompletedProcess[bytes]], run_dir: Path
+) -> None:
+    (run_dir / "file").write_bytes(b"hi")
+    for arguments in (
+        ["k", "--aad", "a=b", "file"],
+        ["--aad", "a=b", "k", "file"],
+        ["k", "file", "--aad", "a=b"],
+    ):
+        done = run("encrypt", *(str(run_dir / "file") if one == "file" else one for one in arguments))
+        assert (done.returncode, done.stdout) == (0, b"CTih")
+    assert run("encrypt", "k", "--aad", "a=b", "file", "more").returncode == 2
+    assert run("encrypt", "--aad", "a=b").stderr.startswith(
+        b"error: the following arguments are required: KEY"
+    )
+
+
 def test_signatures(run: Callable[..., subprocess.CompletedProcess[bytes]], run_dir: Path) -> None:
     signature = run_dir / "signature"
     signature.write_bytes(run("sign", "k", data=b"message").stdout)

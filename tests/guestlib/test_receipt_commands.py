@@ -113,6 +113,21 @@ def test_a_receipt_is_saved_for_its_owner_alone(run: Run, vault: SimulatedVault,
         assert stat.S_IMODE((run_dir / name).stat().st_mode) == 0o600
 
 
+def test_an_answer_is_given_whatever_becomes_of_its_receipt(
+    run: Run, vault: SimulatedVault, run_dir: Path
+) -> None:
+    done = run("--receipt", "/nonexistent/receipt", "encrypt", "k", data=b"hi")
+    assert (done.returncode, done.stdout) == (2, b"CTih")
+    vault.document = b""
+    path = run_dir / "receipt"
+    done = run("--receipt", str(path), "encrypt", "k", data=b"hi")
+    assert (done.returncode, done.stdout) == (0, b"CTih")
+    assert f"receipt get {vault.calls} -o {path}" in done.stderr.decode()
+    assert not path.exists()
+    assert (run_dir / "receipt.request").read_bytes().endswith(b'"op":"Encrypt"}')
+    assert run("--receipt", str(path), "file", "encrypt", "k", data=b"hi").returncode == 2
+
+
 def test_get(run: Run, vault: SimulatedVault, run_dir: Path) -> None:
     assert run("receipt", "get", "7").stdout == vault.document + b"\n"
     assert run("receipt", "get", "7", "-o", str(run_dir / "r")).stdout == b""

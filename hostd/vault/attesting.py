@@ -80,6 +80,8 @@ class Attesting:
         """The latest batch of which no quote tells."""
         self._since = 0.0
         """When the first such batch was asked for, seconds."""
+        self._signed = 0
+        """Size of the largest head that a quote told of."""
         self._waiting = False
         """Whether the quote that follows is due at some time, or being made."""
 
@@ -122,24 +124,30 @@ class Attesting:
     def _on_quote(self, signing: Signing, result: Quoted | TpmError) -> None:
         self._waiting = False
         if isinstance(result, Quoted):
-            self._covered(signing)
-            try:
-                self._heads.note(
-                    size=signing.size,
-                    root=signing.root,
-                    passed=signing.passed,
-                    evidence_digest=signing.digest,
-                    quoted=result,
-                )
-            except HostdError as error:
-                self._shut(error.message)
+            # A batch that was signed itself may have overtaken this one: the head never goes back.
+            if signing.size > self._signed:
+                self._covered(signing)
+                self._note(signing, result)
             if differing := self.differing(result.pcrs):
                 self._found(BOOT, pcr_findings(differing))
         if self._uncovered is not None:
             self._waiting = True
             self._loop.call_after(self._every_s, self._follow)
 
+    def _note(self, signing: Signing, quoted: Quoted) -> None:
+        try:
+            self._heads.note(
+                size=signing.size,
+                root=signing.root,
+                passed=signing.passed,
+                evidence_digest=signing.digest,
+                quoted=quoted,
+            )
+        except HostdError as error:
+            self._shut(error.message)
+
     def _covered(self, signing: Signing) -> None:
+        self._signed = signing.size
         if self._uncovered is signing:
             self._uncovered = None
         else:

@@ -177,6 +177,27 @@ def test_a_tpm_that_no_longer_signs(reading: Bench) -> None:
     assert reading.answer() == "check"
 
 
+def test_a_quote_that_was_overtaken_takes_no_head_back(reading: Bench) -> None:
+    """It waits behind others' evidence, and meanwhile a batch is signed itself."""
+    reading.batch()
+    reading.answer()
+    reading.wait(EVERY_S)
+    late = reading.tpm.asked.pop(0)
+    reading.wait(EVERY_S)
+    reading.batch()
+    assert reading.answer() == "quote"
+    assert reading.told[-1] == "Quoted"  # its head is noted with the batch
+    reading.tpm.asked.append(late)
+    assert reading.answer(CHANGED) == "quote"
+    assert reading.noted == []
+    assert reading.found == [BOOT], "what it says of the PCRs counts"
+    reading.batch()
+    assert reading.answer() == "check"
+    reading.wait(EVERY_S)
+    reading.answer()
+    assert reading.noted == [3]
+
+
 def test_entries_that_were_cut_off_again_are_not_signed(reading: Bench) -> None:
     """The next vault would miss them."""
     reading.batch(unwritten=1)

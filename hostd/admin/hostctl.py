@@ -270,6 +270,8 @@ def drift_list(context: Context) -> None:
 @click.pass_obj
 def drift_clear(context: Context, component: str, reason: str) -> None:
     """Vouch for a component again; fresh good readings are still needed before anything is answered."""
+    if not reason.strip():
+        raise click.BadParameter("say why it may go on", param_hint="'--reason'")
     context.ask(made(adm.ClearDrift, component=component, reason=reason), adm.Nothing)
     click.echo(f"{component} cleared")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import msgspec
 
+from guestlib.errors import MalformedError
 from hostd.admin.context import LONG_S, Context, made
 from hostd.admin.render import ledger_lines, safe
 from hostd.core.merkle import verify_consistency
@@ -165,7 +166,10 @@ def ledger_prove(context: Context, entry: int | None, check: Path | None, trust:
             raise click.UsageError("--check FILE needs --trust FILE, and no entry")
         from hostd.admin.ledger_read import verify_proof
 
-        document = json.loads(check.read_bytes())
+        try:
+            document = msgspec.json.decode(check.read_bytes())
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise MalformedError(f"proof: {error}") from error
         vouched = verify_proof(document, _bundle(trust))
         click.echo(f"entry {document['index']} is in the ledger; signed by: {', '.join(vouched)}")
         return

@@ -19,3 +19,10 @@ def test_what_is_no_uuid(argv: list[str], wrong: str) -> None:
     assert done.exit_code == 2
     assert f"{wrong!r} is no VM's UUID; `hostctl vm list` shows them" in done.output
     assert "regex" not in done.output
+
+
+@pytest.mark.parametrize("reason", ["", " "])
+def test_drift_is_not_cleared_without_a_reason(reason: str) -> None:
+    done = CliRunner().invoke(cli, ["drift", "clear", "files", "--reason", reason])
+    assert done.exit_code == 2
+    assert "say why it may go on" in done.output

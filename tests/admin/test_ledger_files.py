@@ -19,7 +19,14 @@ from click.testing import CliRunner
 from guestlib.attest.bundle import encode_bundle
 from guestlib.attest.checkpoint import parse_checkpoint
 from guestlib.attest.merkle import leaf_hash
-from guestlib.errors import ConflictError, HostdError, NotFoundError, VerificationError, WrongStateError
+from guestlib.errors import (
+    ConflictError,
+    HostdError,
+    MalformedError,
+    NotFoundError,
+    VerificationError,
+    WrongStateError,
+)
 from hostd.admin import ledger_read, ledger_write
 from hostd.admin.hostctl import cli
 from hostd.admin.ledger_read import TILE, split_bundle, tile_name, tile_path, verify
@@ -562,6 +569,10 @@ def test_offline_from_the_command_line(desk: Desk, tmp_path: Path) -> None:
     assert said.exit_code == 4
     assert run.invoke(cli, verified[:4]).exit_code == 2
     assert run.invoke(cli, ["ledger", "prove", "--check", str(proof)]).exit_code == 2
+    for text in (b"", b"no", b'"\xff"', b'{"line": "\\ud800"}'):
+        proof.write_bytes(text)
+        said = run.invoke(cli, ["ledger", "prove", "--check", str(proof), "--trust", str(trust)])
+        assert isinstance(said.exception, MalformedError), text
     assert run.invoke(cli, ["ledger", "prove"]).exit_code == 2
 
 

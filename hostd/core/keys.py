@@ -190,3 +190,27 @@ class KeyRecord:
     def raw_id(self) -> bytes:
         """The id as a ciphertext names it, 16 bytes."""
         return bytes.fromhex(self.id.removeprefix("key-"))
+
+
+@dataclass(frozen=True, slots=True)
+class ListedVersion:
+    version: int
+    state: State
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A key as a list shows it: nothing is done with it."""
+
+    id: str
+    algorithm: Algorithm
+    state: State
+    created: int
+    alias: str | None
+    versions: tuple[ListedVersion, ...]
+    """The newest, oldest first; one at least."""
+
+    @property
+    def current(self) -> ListedVersion:
+        return self.versions[-1]

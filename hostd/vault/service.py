@@ -22,6 +22,7 @@ from hostd.core.keys import (
     Algorithm,
     Event,
     KeyRecord,
+    Listed,
     State,
     Use,
     VersionRecord,
@@ -179,7 +180,7 @@ class Service:
         return _done(self._key(tenant, op.key))
 
     def _list_keys(self, tenant: str, op: ops.ListKeys) -> Done:
-        found = self._store.keys(tenant, op.after or "", op.limit + 1)
+        found = self._store.listed(tenant, op.after or "", op.limit + 1, MAX_VERSIONS_SHOWN)
         page = found[: op.limit]
         result = ops.KeyListResult(
             keys=tuple(map(_info, page)), next=page[-1].id if len(found) > op.limit else None
@@ -312,7 +313,7 @@ def _done(key: KeyRecord) -> Done:
     return Done(ops.KeyResult(_info(key)), key.tenant, key.id, key.current.version)
 
 
-def _info(key: KeyRecord) -> ops.KeyInfo:
+def _info(key: KeyRecord | Listed) -> ops.KeyInfo:
     return ops.KeyInfo(
         id=key.id,
         algorithm=key.algorithm.value,

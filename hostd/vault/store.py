@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import msgspec
 
 from guestlib.errors import ConflictError, UnavailableError
-from hostd.core.keys import Algorithm, KeyRecord, State, VersionRecord
+from hostd.core.keys import Algorithm, KeyRecord, Listed, ListedVersion, State, VersionRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -316,6 +316,28 @@ class Store:
             *(tenant, after, limit),
         ).fetchall()
         return [self._with_versions(row) for row in rows]
+
+    def listed(self, tenant: str, after: str, limit: int, newest: int) -> list[Listed]:
+        """`keys` with so many of their versions: one of a hundred is not read whole."""
+        rows = self._run(
+            "SELECT id, algorithm, state, created, alias FROM keys"
+            " WHERE tenant=? AND id>? ORDER BY id LIMIT ?",
+            *(tenant, after, limit),
+        ).fetchall()
+        return [self._listed(row, newest) for row in rows]
+
+    def _listed(self, row: tuple[Any, ...], newest: int) -> Listed:
+        versions = self._run(
+            "SELECT version, state, created FROM versions WHERE key=? ORDER BY version DESC LIMIT ?",
+            *(row[0], newest),
+        ).fetchall()
+        if not versions:
+            raise StoreError(f"store: key {row[0]!r} has lost its versions")
+        try:
+            shown = tuple(ListedVersion(v[0], State(v[1]), v[2]) for v in reversed(versions))
+            return Listed(row[0], Algorithm(row[1]), State(row[2]), row[3], row[4], shown)
+        except ValueError as error:
+            raise StoreError(f"store: row of key {row[0]!r} is damaged: {error}") from error
 
     def _with_versions(self, row: tuple[Any, ...]) -> KeyRecord:
         versions = self._run(

@@ -512,3 +512,13 @@ def test_another_root_opens_nothing(call: Desk, keyring: Keyring) -> None:
 
 def test_every_gated_operation_is_here(service: Service) -> None:
     assert set(service._table) == set(get_args(ops.GatedOperation))
+
+
+def test_a_list_says_of_a_key_what_describing_it_says(service: Service, store: Store) -> None:
+    call = Desk(service, store)
+    rotated, plain, shredded = (call.create(alias=alias) for alias in ("alias/a", None, "alias/b"))
+    for _ in range(20):
+        call(ops.Rotate(rotated, call.token()))
+    call(ops.Shred(shredded, call.token()))
+    listed = {key.id: key for key in call(ops.ListKeys()).keys}
+    assert listed == {key: call(ops.DescribeKey(key)).key for key in (rotated, plain, shredded)}

@@ -208,6 +208,30 @@ def test_pages_of_keys(store: Store) -> None:
     assert [k.id for k in store.keys("red", record(2).id, 9)] == [record(3).id]
 
 
+def test_a_list_shows_the_newest_versions_and_reads_no_more(store: Store) -> None:
+    """Of keys with a hundred versions, a page must not take the vault's time."""
+    key = record(1)
+    versions = tuple(replace(key.versions[0], version=n) for n in range(1, 101))
+    store.put_key(replace(key, versions=versions))
+    store.put_key(record(2))
+    store.put_key(replace(record(3), tenant="blue"))
+    first, second = store.listed("red", "", 9, 16)
+    assert [v.version for v in first.versions] == list(range(85, 101))
+    assert (first.id, first.current.version, first.algorithm) == (key.id, 100, key.algorithm)
+    assert (second.id, [v.version for v in second.versions]) == (record(2).id, [1])
+    assert [k.id for k in store.listed("red", first.id, 1, 1)] == [second.id]
+    asked: list[str] = []
+    store._db.set_trace_callback(asked.append)
+    store.listed("red", "", 9, 16)
+    assert all("LIMIT" in sql for sql in asked)
+    store._db.execute("DELETE FROM versions WHERE key=?", (second.id,))
+    with pytest.raises(StoreError, match="lost its versions"):
+        store.listed("red", "", 9, 16)
+    store._db.execute("UPDATE versions SET state='odd' WHERE key=?", (first.id,))
+    with pytest.raises(StoreError, match="damaged"):
+        store.listed("red", "", 1, 16)
+
+
 def test_tenants_and_bindings(store: Store) -> None:
     with pytest.raises(ConflictError):
         store.add_tenant("red", NOW)

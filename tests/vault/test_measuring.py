@@ -565,21 +565,23 @@ def test_no_verdict_comes_after_the_loss(measurer: Measurer) -> None:
 VM_UUID = "aaaaaaaa-0000-4000-8000-000000000001"
 
 
-def test_a_machine_is_suspended_and_one_at_a_time(measurer: Measurer) -> None:
+def test_machines_are_suspended_a_few_at_a_time(measurer: Measurer) -> None:
     told: list[tuple[bool, str]] = []
-    for on in (True, False):
-        measurer.vault.suspend(VM_UUID, on, lambda done, text: told.append((done, text)))
-    measurer.until(lambda: bool(measurer.asked))
+    others = [f"00000000-0000-4000-8000-{number:012}" for number in range(ROOM[Lane.POWER] - 1)]
+    for vm in (VM_UUID, *others):
+        measurer.vault.suspend(vm, True, lambda done, text: told.append((done, text)))
+    measurer.vault.suspend(VM_UUID, False, lambda done, text: told.append((done, text)))
+    measurer.until(lambda: len(measurer.asked) == ROOM[Lane.POWER])
     measurer.settle()
-    (first,) = measurer.asked
-    assert isinstance(first, protocol.AskSuspend)
-    assert (first.vm, first.on) == (VM_UUID, True)
-    measurer.say(protocol.Suspended(first.seq, True, "suspended"))
-    measurer.until(lambda: len(measurer.asked) == 2)
-    second = measurer.asked[1]
-    assert isinstance(second, protocol.AskSuspend)
-    assert not second.on
-    measurer.say(protocol.Suspended(second.seq, False, "no"))
+    assert len(others) > 1, "one that is not answered holds up no other"
+    asked = [request for request in measurer.asked if isinstance(request, protocol.AskSuspend)]
+    assert [(request.vm, request.on) for request in asked] == [(vm, True) for vm in (VM_UUID, *others)]
+    measurer.say(protocol.Suspended(asked[1].seq, True, "suspended"))
+    measurer.until(lambda: len(measurer.asked) == ROOM[Lane.POWER] + 1)
+    last = measurer.asked[-1]
+    assert isinstance(last, protocol.AskSuspend)
+    assert (last.vm, last.on) == (VM_UUID, False)
+    measurer.say(protocol.Suspended(last.seq, False, "no"))
     measurer.until(lambda: len(told) == 2)
     assert told == [(True, "suspended"), (False, "no")]
 

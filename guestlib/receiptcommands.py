@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import os
+import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -73,6 +74,8 @@ def save(name: str, result: Any) -> None:
 def _write(name: str, data: bytes) -> None:
     try:
         with open(name, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                os.fchmod(file.fileno(), 0o600)  # it may have been there, for others to read
             file.write(data)
     except OSError as error:
         raise ValueError(f"{name}: {error.strerror}") from error

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from guestlib import receiptcommands
+from guestlib.wire import messages
 from tests.gateway.support_vault import SimulatedVault
 from tests.guestlib.test_cli import run
 from tests.vectors import receipts
@@ -139,3 +141,17 @@ def test_get(run: Run, vault: SimulatedVault, run_dir: Path) -> None:
 def test_list_shows_nothing_unverified(run: Run) -> None:
     done = run("receipt", "list")
     assert (done.returncode, done.stdout) == (6, b"")
+
+
+def test_what_is_saved_is_for_this_user_alone(tmp_path: Path) -> None:
+    """The answer holds what was decrypted: also where a file was that others could read."""
+    asked = messages.Receipt(7, 1, document=b"{}", request=b"request", answer=b"plaintext")
+    result = messages.Random(asked, b"")
+    names = [tmp_path / f"r{end}" for end in ("", ".request", ".answer")]
+    for name in names[1:]:
+        name.write_bytes(b"older")
+        name.chmod(0o644)
+    receiptcommands.save(str(names[0]), result)
+    assert [name.read_bytes() for name in names] == [b"{}", b"request", b"plaintext"]
+    assert {stat.S_IMODE(name.stat().st_mode) for name in names} == {0o600}
+    receiptcommands._write("/dev/null", b"not a file")

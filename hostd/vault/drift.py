@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from hostd.vault.reactions import Poison, Power
     from hostd.vault.store import Store
 
+STANDS_S: Final = 3.0
+"""Warnings of a pending component count, where a reaction is configured, once they have stood so long: while
+the dynamic linker of a VM that starts maps its libraries, some that are needed are not there."""
 AUTO_PAUSE_S: Final = 600.0
 """A clean reading clears a component this long after the last such clear at the earliest. Each has everything
 measured anew and a batch withheld, for all, and a machine that was taken over can drift and mend itself at
@@ -87,6 +90,8 @@ class Drift:
         )
         self._cleared_at: dict[Component, float] = {}
         """When clean readings cleared components last, seconds."""
+        self._warned_at: dict[Component, float] = {}
+        """Since when every reading of a component had warnings, seconds."""
         self._unsaid: dict[Component, tuple[Finding, ...]] = {}
         self._seen_of_log: Accepted | None = None
         """The IMA log as far as it was read when its drift was recorded: what an officer has seen."""
@@ -170,9 +175,15 @@ class Drift:
         component is PENDING, mostly); and if there are none, a clean reading ends a drift where that is
         configured, every `AUTO_PAUSE_S` at most."""
         component, findings = verdict.component, verdict.findings
+        if self._warned_at:  # of a VM that is gone nothing stands
+            self._warned_at = {c: at for c, at in self._warned_at.items() if c in self._gate.known}
         if self.reactions.reacts_to_warnings(component, findings):
-            found(component, findings)
-        elif (
+            since = self._warned_at.setdefault(component, self._now())
+            if verdict.status is not Status.PENDING or self._now() - since >= STANDS_S:
+                found(component, findings)
+            return
+        self._warned_at.pop(component, None)
+        if (
             verdict.status is Status.VERIFIED
             and component.kind in self._auto
             and component in self._gate.latched

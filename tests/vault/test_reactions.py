@@ -38,7 +38,7 @@ from hostd.core.reference import Reference
 from hostd.ipc.loop import Loop
 from hostd.vault import reactions
 from hostd.vault.custody import LOCKED
-from hostd.vault.drift import AUTO_PAUSE_S
+from hostd.vault.drift import AUTO_PAUSE_S, STANDS_S
 from hostd.vault.ledger import Entry, Ledger
 from hostd.vault.membership import Membership
 from hostd.vault.store import StoreError
@@ -650,6 +650,20 @@ def test_a_warning_is_drift_where_it_is_configured(bench: Bench) -> None:
     assert not vault.gate.latched
     rule = Reaction((Kind.RELRO,), (Step.SUSPEND_VM,), Severity.WARNING)
     vault = bench.start(rules=(rule,), recovery={Kind.RELRO: "auto"})
+    vault.gate.guests([hypervisor])
+    for _ in range(2):
+        judged(vault, relro, verdict.status, warning)
+        vault.seconds += 0.9 * STANDS_S
+        judged(vault, relro, verdict.status, warning)
+        judged(vault, relro, verdict.status)
+    judged(vault, relro, verdict.status, warning)
+    vault.gate.guests([])
+    judged(vault, POSTURE, Status.VERIFIED)
+    vault.gate.guests([hypervisor])
+    vault.seconds += STANDS_S
+    assert not vault.gate.latched, "a machine that starts"
+    judged(vault, relro, verdict.status, warning)
+    vault.seconds += STANDS_S
     judged(vault, relro, verdict.status, warning)
     assert vault.gate.latched.keys() == {relro}
     assert bench.machines.suspended == {VM_A}

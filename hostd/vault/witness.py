@@ -7,6 +7,7 @@ when it happened.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from guestlib.attest.binding import evidence_qualifying
@@ -24,6 +25,7 @@ from hostd.vault.waiting import Waiting
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hostd.core.callers import Caller
     from hostd.vault.channels import WorkerChannel
     from hostd.vault.custody import Custody
     from hostd.vault.ledger import Ledger
@@ -35,7 +37,8 @@ OBSERVE_SHARE: Final = 0.5
 """Of a request's deadline: how long fresh readings are waited for. (A VM's files are hashed whole when
 it is first seen, which takes a second or so.)"""
 MAX_QUOTING: Final = 32
-"""Evidence documents for which the TPM is being asked."""
+"""Evidence documents of one caller that wait for the TPM. It is asked for one of each caller at a time: a
+quote may take half a second, and nobody waits for more than one of each other's."""
 UNGATED: Final = (ops.Health, ops.GetEvidence, ops.GetEvidenceLog, ops.GetReceipt, ops.GetAuditLog)
 
 
@@ -62,7 +65,8 @@ class Witness:
         self._receipts = receipts
         self._wait_ns = int(wait_s * 1e9)
         self._kick = kick
-        self._quoting = 0
+        self._quoting: dict[Caller, deque[tuple[WorkerChannel, int, Callable[[], None]]]] = {}
+        """Callers for whom the TPM is being asked, and who of theirs is next."""
 
     def on_call(
         self, channel: WorkerChannel, seq: int, operation: ops.UngatedOperation, arrived: int
@@ -103,14 +107,32 @@ class Witness:
         channel.answer(seq, result, None)
 
     def _evidence(self, channel: WorkerChannel, seq: int, nonce: bytes, asked: int) -> None:
+        waiting = self._quoting.get(channel.caller)
+        if waiting is None:
+            self._quoting[channel.caller] = deque()
+            self._quote(channel, seq, nonce, asked)
+        elif len(waiting) < MAX_QUOTING - 1:
+            waiting.append((channel, seq, lambda: self._quote(channel, seq, nonce, asked)))
+        else:
+            channel.refuse(seq, OverloadedError("too many requests for evidence are waiting"))
+
+    def _quoted(self, caller: Caller, *, failed: bool) -> None:
+        """The next of the caller's; if the TPM failed, none of those that wait."""
+        waiting = self._quoting[caller]
+        while failed and waiting:
+            channel, seq, _ = waiting.popleft()
+            channel.refuse(seq, UnavailableError("the TPM did not quote"))
+        if waiting:
+            waiting.popleft()[2]()
+        else:
+            del self._quoting[caller]
+
+    def _quote(self, channel: WorkerChannel, seq: int, nonce: bytes, asked: int) -> None:
         custody = self._custody
         if custody.channel_ca is None:
             channel.refuse(seq, UnavailableError("the keys have not been unsealed"))
+            self._quoted(channel.caller, failed=False)
             return
-        if self._quoting >= MAX_QUOTING:
-            channel.refuse(seq, OverloadedError("too many requests for evidence are waiting"))
-            return
-        self._quoting += 1
         statement = statement_for(
             channel.caller,
             nonce,
@@ -125,7 +147,6 @@ class Witness:
         )
 
         def told(result: Quoted | TpmError) -> None:
-            self._quoting -= 1
             if isinstance(result, TpmError):
                 channel.refuse(seq, UnavailableError("the TPM did not quote"))
             else:
@@ -133,6 +154,7 @@ class Witness:
                 document = encode_evidence(Evidence(statement, result.pcrs, quote))
                 size = len(self._measuring.ima_log)
                 channel.answer(seq, ops.EvidenceResult(evidence=document, log_bytes=size), None)
+            self._quoted(channel.caller, failed=isinstance(result, TpmError))
             self._kick()
 
         # After the batches': evidence must not hold up answers.

@@ -13,11 +13,13 @@ from hostd.core import findings as core
 from hostd.core.callers import Caller
 from hostd.core.findings import KERNEL, Kind
 from hostd.ipc import operations as ops
+from hostd.platform.tpm import Quote
 from hostd.platform.tpm_errors import TpmError
 from hostd.platform.tpm_worker import Priority
 from hostd.vault.evidence import claims_for
 from hostd.vault.ledger import Ledger
 from hostd.vault.observers import MAX_PER_CALLER
+from hostd.vault.tpmlink import Quoted
 from hostd.vault.witness import MAX_QUOTING, Witness
 from tests.vault.support_gate import A, B, make_gate, read, read_all
 
@@ -85,34 +87,62 @@ class Bench:
             cast("Any", observer.item)()
 
 
+def quoted() -> Quoted:
+    return Quoted(Quote(b"attest", b"signature"), {0: bytes(32)})
+
+
 @pytest.fixture
 def bench(ledger: Ledger) -> Bench:
     return Bench(ledger)
 
 
 def test_evidence_that_waits_for_the_tpm_is_bounded(bench: Bench) -> None:
-    channels = [SimulatedChannel(caller) for caller in (A, B)]
+    first = SimulatedChannel(A)
     for seq in range(MAX_QUOTING):
-        bench.ask(channels[seq % 2], seq, ops.GetEvidence(nonce=bytes(16)))
+        bench.ask(first, seq, ops.GetEvidence(nonce=bytes(16)))
         bench.observe()
-    assert len(bench.tpm.pending) == MAX_QUOTING
-    assert not any(c.refusals for c in channels)
+    assert len(bench.tpm.pending) == 1
+    assert not first.refusals
     for seq in range(100, 120):
-        bench.ask(channels[0], seq, ops.GetEvidence(nonce=bytes(16)))
+        bench.ask(first, seq, ops.GetEvidence(nonce=bytes(16)))
         bench.observe()
-        assert channels[0].refusals[seq].code == "overloaded"
-    assert len(bench.tpm.pending) == MAX_QUOTING
+        assert first.refusals.pop(seq).code == "overloaded"
     # What is not evidence is answered all the same.
-    bench.ask(channels[0], 200, ops.Health())
+    bench.ask(first, 200, ops.Health())
     bench.observe()
-    assert isinstance(channels[0].answers[200], ops.HealthResult)
-    # Each answer of the TPM, a failure too, makes room for one.
+    assert isinstance(first.answers.pop(200), ops.HealthResult)
+    # Each answer of the TPM makes room for one.
+    bench.tpm.pending.pop()(quoted())
+    assert list(first.answers) == [0]
+    bench.ask(first, 300, ops.GetEvidence(nonce=bytes(16)))
+    bench.observe()
+    assert len(bench.tpm.pending) == 1
+    assert not first.refusals
+    bench.tpm.pending.pop()(quoted())
+    assert list(first.answers) == [0, 1]
+    # Who waits behind a failure does not wait for as many.
     bench.tpm.pending.pop()(TpmError("no answer"))
-    bench.ask(channels[0], 300, ops.GetEvidence(nonce=bytes(16)))
+    assert first.refusals.keys() == {*range(2, MAX_QUOTING), 300}
+    assert {refusal.code for refusal in first.refusals.values()} == {"unavailable"}
+    assert bench.tpm.pending == []
+    bench.ask(first, 400, ops.GetEvidence(nonce=bytes(16)))
     bench.observe()
-    assert len(bench.tpm.pending) == MAX_QUOTING
-    assert 300 not in channels[0].refusals
-    assert [c.code for c in channels[1].refusals.values()] == ["unavailable"]
+    bench.tpm.pending.pop()(quoted())
+    assert 400 in first.answers
+
+
+def test_nobody_waits_for_another_callers_evidence(bench: Bench) -> None:
+    """A guest that asks for as much as it may, and a slow TPM: another's is the next but one."""
+    first, second = SimulatedChannel(A), SimulatedChannel(B)
+    for seq in range(2 * MAX_QUOTING):
+        bench.ask(first, seq, ops.GetEvidence(nonce=bytes(16)))
+        bench.observe()
+    bench.ask(second, 1, ops.GetEvidence(nonce=bytes(16)))
+    bench.observe()
+    for _ in range(2):
+        bench.tpm.pending.pop(0)(quoted())
+    assert len(first.answers) == len(second.answers) == 1
+    assert len(bench.tpm.pending) == 1
 
 
 def test_evidence_that_waits_for_readings_is_bounded_for_each_caller(bench: Bench) -> None:

@@ -215,6 +215,11 @@ class Ledger:
         return self._size_before + self._end
 
     @property
+    def failed(self) -> str | None:
+        """Why it takes no more entries in this process, if it does not."""
+        return self._failed
+
+    @property
     def withheld(self) -> list[tuple[int, int]]:
         """Runs of entries whose answers never left, ascending."""
         return self._notes.withheld

@@ -221,6 +221,8 @@ class Receipts:
 
     def _settled(self) -> tuple[Head, int]:
         """The latest quoted head, and the entry before which all under it are decided."""
+        if self._ledger.failed is not None:
+            raise UnavailableError("the ledger may not say any more what was withheld")
         head, unsettled = self._heads.latest, self._unsettled()
         if head is None or not head.size:
             raise NotFoundError(_NONE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +28,7 @@ from hostd.ipc import operations as ops
 from hostd.platform.tpm import Tpm
 from hostd.vault import allowance, receipts
 from hostd.vault.allowance import Allowance
-from hostd.vault.ledger import Entry
+from hostd.vault.ledger import Entry, LedgerError
 from tests.support.receipts import BLUE, NOBODY, RED, Exchange, House, embedded_tpm, exchanges
 from tests.vault.support_gate import finding
 
@@ -89,6 +90,21 @@ def test_a_refusal_is_redeemed_too(house: House) -> None:
     (at,) = house.batch(asked)
     found = verify_receipt(redeem(house, RED, at), bundle=house.bundle(), request=asked.request, answer=None)
     assert found.entry.outcome == "denied"
+
+
+def test_no_receipt_where_it_could_not_be_said_that_the_answer_was_withheld(house: House) -> None:
+    """The disk fails between a batch and the entry that would have withheld it."""
+    (decided,) = house.batch(Exchange())
+    held = house.record(Exchange())
+    house.quote()
+    os.close(house.ledger._fd)
+    house.ledger._fd = os.open("/dev/full", os.O_RDWR)
+    with pytest.raises(LedgerError):
+        house.recorder.withheld(held, house.passes, "why")
+    for seq in (held[0].seq, decided):
+        assert isinstance(refusal(house, RED, seq), UnavailableError)
+    with pytest.raises(UnavailableError):
+        audit(house, RED)
 
 
 def test_what_is_not_the_callers_is_as_what_never_was(house: House) -> None:

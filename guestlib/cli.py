@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from guestlib import errors, filecommands, receiptcommands
 from guestlib.attest.bundle import MAX_BUNDLE_BYTES, TrustBundle, parse_bundle
+from guestlib.attest.steps import Step
 from guestlib.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client
 from guestlib.trust import Trust
 from guestlib.wire import messages
@@ -403,6 +404,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except errors.HostdError as error:
         hints = [*getattr(options, "hints", {}).items(), *_HINTS.items()]
         hint = next((text for cls, text in hints if isinstance(error, cls)), None)
+        if isinstance(error, errors.VerificationError) and error.step == Step.REFERENCE:
+            hint = f"a new manifest needs a new trust bundle, from the host's operators; else {hint}"
         return fail(str(error), hint, exit_code(error))
     except BrokenPipeError:
         # Nothing more can be written: neither the rest, nor the flush at exit.

@@ -214,7 +214,7 @@ class _Judge:
         self._add(
             code if retired is None else Code.FILE_RETIRED,
             f"{self._subject}: {path}",
-            "SHA-256 " + " or ".join(expected) if expected else "no such file",
+            "SHA-256 " + " or ".join(expected) if expected else "no approved digest",
             f"SHA-256 {digest}{'' if retired is None else f', retired on {date_of(retired)}'}",
         )
 

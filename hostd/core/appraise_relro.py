@@ -47,7 +47,7 @@ class RelroJudge:
             unapproved += 1
             retired = reference.retired(file.path, digest)
             about = f"{subject}: {file.path}"
-            wanted = "SHA-256 " + " or ".join(expected) if expected else "no such file"
+            wanted = "SHA-256 " + " or ".join(expected) if expected else "no approved digest"
             if retired is not None:
                 seen = f"SHA-256 {digest}, retired on {date_of(retired)}"
                 warnings.append(_warning(component, Code.RELRO_SOURCE, about, wanted, seen))

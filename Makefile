@@ -16,6 +16,7 @@ help:
 	@echo "make test   all tests: lint, types, unit, real QEMU on this machine, the lab"
 	@echo "make rehearsal  the lab's long part: every attack on a running host, and a storm of legitimate events"
 	@echo "make storm  the gate's long part: its promise over 2,000,000 requests, 200 attacks of each kind under load"
+	@echo "make venv   the virtual environment in .venv, with hostd, hostctl and hostd-guest"
 	@echo "make check  the quick inner loop: lint, types, unit tests"
 	@echo "make bench  benchmarks as JSON lines, written to build/bench.json too"
 	@echo "make lab    a shell in the lab's host, with a guest running"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
 import random
+from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -16,6 +19,7 @@ from guestlib.attest.checkpoint import (
     MAX_NOTE_BYTES,
     MAX_SIGNATURES,
     QUOTE,
+    Checkpoint,
     encode_checkpoint,
     parse_checkpoint,
     quoted_head,
@@ -106,6 +110,28 @@ def test_who_vouches() -> None:
             verify_checkpoint(parse_checkpoint(NOTE), bundle(unknown))
     with pytest.raises(VerificationError, match="no key of the trust bundle"):
         verify_checkpoint(parse_checkpoint(NOTE), TrustBundle(frozenset({"x"}), channel_ca=b"x"))
+
+
+def test_a_quote_alone_vouches_for_size_and_root_only() -> None:
+    """The TPM signs neither whose ledger it is nor what else the note says: who has the key does."""
+    vectors = json.loads((Path(__file__).parents[1] / "vectors" / "receipt-good.json").read_text())
+    head = json.loads(vectors["cases"][1]["document"])["head"]
+    trust = parse_bundle(json.dumps(vectors["bundle"]).encode())
+
+    def note(origin: str, more: str = "") -> Checkpoint:
+        raw = key_id(origin, QUOTE, trust.aks[0]) + json.dumps(head).encode()
+        signed = f"\u2014 {origin} {base64.b64encode(raw).decode()}\n"
+        body = f"{origin}\n{head['size']}\n{head['root']}\n{more}\n"
+        return parse_checkpoint((body + signed).encode())
+
+    named = replace(trust, ledger=(str(KEY),))
+    assert verify_checkpoint(note(ORIGIN), named) == ("TPM quote",)
+    assert verify_checkpoint(note(ORIGIN), trust) == ("TPM quote",)
+    for checkpoint, by in ((note("hostd-ledger/other"), named), (note(ORIGIN, "more\n"), named)):
+        with pytest.raises(VerificationError, match="no key of the trust bundle"):
+            verify_checkpoint(checkpoint, by)
+    with pytest.raises(VerificationError, match="no key of the trust bundle"):
+        verify_checkpoint(note(ORIGIN, "more\n"), trust)
 
 
 def test_signatures_of_others_are_no_matter() -> None:

@@ -3,7 +3,7 @@
 `refuse` always, and `lock` for every drift of the host; the others are what the configuration has for the
 component's kind and the severity of its findings. `shred` is never configured: a tenant sets it for its own
 keys. What cannot be undone (`poison`, `shred`) never follows findings that only say that something could
-not be read.
+not be read, or that can come of an officer's own manifest.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ UNSURE: Final = frozenset(
 )
 """Codes of findings that say: this could not be read, or was lost. (A reading that fails as a whole is no
 drift at all: `hostd.core.appraisal`.)"""
+REVIEWED: Final = frozenset({Code.FILE_RETIRED, Code.DOMAIN_EMULATOR})
+"""Codes of findings that an officer's own deed can bring: a build's time has come, or a manifest was made
+while none of a domain's machines ran."""
 NEVER_POISON: Final = {
     10: "IMA extends it all the time",
     16: "it is the debug PCR, which anybody resets",
@@ -108,8 +111,8 @@ def check_poison_pcr(pcr: int, sealed: Iterable[int]) -> None:
 
 
 def sure(findings: Iterable[Finding]) -> bool:
-    """Whether a critical finding says more than that something could not be read."""
-    unsure = {str(code) for code in UNSURE}
+    """Whether a critical finding says more than that something could not be read, or is out of date."""
+    unsure = {str(code) for code in UNSURE | REVIEWED}
     return any(f.severity is Severity.CRITICAL and f.code not in unsure for f in findings)
 
 

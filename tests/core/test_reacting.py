@@ -11,6 +11,7 @@ from hostd.core.findings import VM_KINDS, Component, Finding, Kind, Severity
 from hostd.core.reacting import (
     NEVER_POISON,
     ORDER,
+    REVIEWED,
     UNSURE,
     Plan,
     RuleError,
@@ -62,7 +63,7 @@ def test_what_holds_for_every_plan(
     assert set(steps) <= {Step.REFUSE, Step.LOCK, Step.SHRED} | configured
 
 
-@pytest.mark.parametrize("code", sorted(UNSURE))
+@pytest.mark.parametrize("code", sorted(UNSURE | REVIEWED))
 def test_what_could_not_be_read_is_never_answered_by_what_cannot_be_undone(code: Code) -> None:
     table = {(Kind.FILES, Severity.CRITICAL): frozenset({Step.POISON})}
     about = component(Kind.FILES)

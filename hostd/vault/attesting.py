@@ -110,6 +110,20 @@ class Attesting:
             self._waiting = True
             self._loop.call_after(self._every_s, self._follow)
 
+    def finish(self) -> None:
+        """At an orderly end: the quote that would have followed is made now, if the TPM still makes it."""
+        signing = self._uncovered
+        if signing is None or self._ledger.durable < signing.size:
+            return
+        ended: list[object] = []
+
+        def told(result: Quoted | TpmError) -> None:
+            ended.append(result)
+            self._on_quote(signing, result)
+
+        self._tpm.quote(signing.qualifying, told)
+        self._tpm.settle(lambda: bool(ended))
+
     def _follow(self) -> None:
         """The quote that follows."""
         signing = self._uncovered

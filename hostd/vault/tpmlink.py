@@ -7,6 +7,7 @@ Commands run in the TPM's own thread (`hostd.platform.tpm_worker`); answers come
 from __future__ import annotations
 
 import hashlib
+import select
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -173,6 +174,14 @@ class TpmLink:
     @property
     def sealed_to(self) -> dict[int, bytes]:
         return dict(self._sealed_to)
+
+    def settle(self, done: Callable[[], bool]) -> None:
+        """At the end, when the loop turns no more: what comes back from the TPM is told until `done`, for as
+        long as one job may take."""
+        deadline = time.monotonic() + self._deadline_s
+        while not done() and (left := deadline - time.monotonic()) > 0:
+            select.select([self._worker], [], [], left)
+            self._worker.dispatch()
 
     def close(self) -> None:
         self._loop.forget(self._worker)

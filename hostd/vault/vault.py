@@ -142,13 +142,13 @@ class Vault:
             allowance=Allowance(),
             unsettled=self._unsettled,
         )
-        attesting = Attesting(
+        self.attesting = Attesting(
             self.tpm, loop, self.heads, self.ledger, config.gate, found=self.found, shut=self._ledger_failed
         )
         self.batches = Batches(
             gate=self.gate,
             measuring=self.measuring,
-            tpm=attesting,
+            tpm=self.attesting,
             ledger=self.ledger,
             heads=self.heads,
             recorder=Recorder(self.ledger, self.keyring, self.membership),
@@ -192,7 +192,7 @@ class Vault:
         seq = self.ledger.size
         entry = Entry(
             seq=seq,
-            time=_utc_ms(),
+            time=time.time_ns() // 1_000_000,
             event=event,
             outcome=outcome,
             principal=principal,
@@ -385,6 +385,7 @@ class Vault:
     def close(self) -> None:
         """An orderly end: nothing new, keys wiped, said in the ledger."""
         self.batches.abandon("the vault stops")
+        self.attesting.finish()
         self.custody.lock()
         self.refusals.flush()
         self.refusals.close_window()
@@ -394,7 +395,3 @@ class Vault:
         self.tpm.close()
         self.store.close()
         self.ledger.close()
-
-
-def _utc_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -67,3 +67,12 @@ def test_the_quote_that_follows_covers_what_was_answered(binary: Path, vm: qemu.
         host.start()
         host.wait_open()
         host.serves(host.client())
+
+
+def test_an_orderly_stop_leaves_no_answer_uncovered(binary: Path, vm: qemu.Vm) -> None:
+    with adopted(binary, reads(3600.0)) as host:
+        receipt = host.client().random(8).receipt
+        assert receipt is not None
+        assert head(host) <= receipt.ledger
+        host.stop()
+        assert head(host) > receipt.ledger

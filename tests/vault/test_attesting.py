@@ -32,6 +32,11 @@ class SimulatedTpm:
     def check(self, told: Callable[[Any], None]) -> None:
         self.asked.append(("check", b"", told))
 
+    def settle(self, done: Callable[[], bool]) -> None:
+        while not done():
+            _kind, _qualifying, told = self.asked.pop()
+            told(Quoted(cast("Any", object()), GOOD))
+
     def differing(self, pcrs: dict[int, bytes]) -> list[tuple[int, bytes, bytes]]:
         return [(0, GOOD[0], pcrs[0])] if pcrs != GOOD else []
 
@@ -154,6 +159,24 @@ def test_what_comes_while_a_quote_is_made_has_the_next(reading: Bench) -> None:
     reading.wait(EVERY_S)
     assert reading.answer() == "quote"
     assert reading.noted == [1, 2]
+
+
+def test_an_orderly_end_makes_the_quote_that_would_have_followed(reading: Bench, quoting: Bench) -> None:
+    for _ in range(2):
+        reading.batch()
+        reading.answer()
+    reading.attesting.finish()
+    assert reading.noted == [2]
+    reading.attesting.finish()
+    assert reading.tpm.asked == []
+    reading.batch(unwritten=1)
+    reading.answer()
+    reading.attesting.finish()
+    assert reading.noted == [2]
+    quoting.batch()
+    quoting.answer()
+    quoting.attesting.finish()
+    assert quoting.tpm.asked == []
 
 
 def test_a_tpm_that_no_longer_signs(reading: Bench) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 UNIT_US: Final = 16
+FULL_RECEIPT: Final = 4
+"""Units of a receipt that goes with its answer: two proofs and the document, 60 us for one alone."""
 _OTHER_US: Final = 4
 """One item of symmetric work."""
 _KIB_US: Final = 3

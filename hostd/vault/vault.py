@@ -23,6 +23,7 @@ from hostd.vault.attesting import Attesting
 from hostd.vault.batches import Batches
 from hostd.vault.channels import BrokerLink, WorkerChannel
 from hostd.vault.checkpoints import Checkpoints
+from hostd.vault.cost import FULL_RECEIPT
 from hostd.vault.counters import Counters
 from hostd.vault.custody import Custody
 from hostd.vault.drift import Drift
@@ -348,7 +349,8 @@ class Vault:
             stranger = DeniedError("this caller belongs to no tenant")
             self.refusals.refuse(channel.caller.principal, name, stranger, refuse)
             return
-        self.submit(channel.caller, job, arrived, deadline, self.service.cost(channel.caller, operation))
+        cost = self.service.cost(channel.caller, operation) + (FULL_RECEIPT if job.full else 0)
+        self.submit(channel.caller, job, arrived, deadline, cost)
 
     def submit(self, caller: Caller, job: Job, arrived: int, deadline: int, cost: int = 1) -> None:
         """Puts a gated request before the gate."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,12 @@ class Bench:
     """Hints with a loop in the test's hands."""
 
     def __init__(
-        self, processes: Any = None, *, count: Path = Path("/nonexistent"), domains: Any = None
+        self,
+        processes: Any = None,
+        *,
+        count: Path = Path("/nonexistent"),
+        domains: Any = None,
+        program: str = sys.executable,
     ) -> None:
         self.loop = Loop()
         self.sent: list[tuple[float, Component]] = []
@@ -37,7 +43,7 @@ class Bench:
         self.hints = Hints(
             self.loop,
             cast("Any", self.guests),
-            (sys.executable,),
+            (program,),
             lambda component: self.sent.append((time.monotonic(), component)),
             processes=processes,
             domains=domains,
@@ -120,12 +126,15 @@ def test_a_tracer_is_a_hint(processes: ProcessEvents, sleeper: subprocess.Popen[
     bench.until(lambda: {process_of(VM), relro_of(VM)} <= bench.components)
 
 
-def test_a_start_of_a_configured_program_is_a_hint_and_of_another_is_none(processes: ProcessEvents) -> None:
-    bench = Bench(processes)
+def test_a_start_of_a_configured_program_is_a_hint_and_of_another_is_none(
+    processes: ProcessEvents, tmp_path: Path
+) -> None:
+    program = shutil.copy("/bin/sleep", tmp_path / "hypervisor")  # which nobody else starts meanwhile
+    bench = Bench(processes, program=str(program))
     subprocess.run(["/bin/true"], check=True)
     bench.turn(0.2)
     assert GUESTS not in bench.components
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(5)"])
+    child = subprocess.Popen([program, "5"])
     bench.until(lambda: GUESTS in bench.components)
     child.send_signal(signal.SIGKILL)
     child.wait()

@@ -30,6 +30,7 @@ ORDER = (
     "hostd_callers",
     "hostd_power",
     "hostd_drift",
+    "hostd_suspend",
     "hostd_update",
     "hostd_innocents",
     "hostd_attacks",
@@ -37,7 +38,7 @@ ORDER = (
 
 
 REHEARSAL = frozenset(
-    {"test_hostd_attacks", "test_hostd_innocents", "test_hostd_freeze", "test_hostd_update"}
+    f"test_hostd_{name}" for name in ("attacks", "innocents", "freeze", "suspend", "update")
 )
 
 

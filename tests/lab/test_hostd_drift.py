@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
 
-import pytest
-
-from qemu.service import CONFIG, MANIFEST
-from qemu.tamper import patch_code
 from tests.lab.conftest import Running
 
 OPEN_AGAIN = 60.0  # seconds from an officer's word to the next answer
-REACTED = 120.0  # seconds from a finding to the end of the last step that follows
 PROGRAM = "/usr/bin/factor"  # of coreutils; nothing here runs it
-SUSPEND = b"""
-[[drift.reactions]]
-kinds = ["process", "relro"]
-steps = ["suspend-vm"]
-"""
 
 
 def test_a_replaced_program_that_is_executed_closes_the_gate_and_is_named(running: Running) -> None:
@@ -64,103 +53,3 @@ def test_a_replaced_program_that_is_executed_closes_the_gate_and_is_named(runnin
     assert any("test of a replaced program" in str(entry) for entry in entries)
     service.ctl("ledger", "verify")
     python.close()
-
-
-@pytest.fixture(scope="module")
-def suspending(running: Running) -> Iterator[Running]:
-    """hostd that suspends a drifted VM, and as it was afterwards. To `self` each is another host."""
-    before = running.host.get(CONFIG)
-    configure(running, before + SUSPEND)
-    yield running
-    configure(running, before)
-
-
-def configure(running: Running, config: bytes) -> None:
-    running.host.run(["systemctl", "stop", "hostd-measurer", "hostd-vault"])
-    running.host.put(config, CONFIG)
-    running.host.run(["systemctl", "start", "hostd.target"])
-    running.service.wait_active()
-    running.host.run(f"rm -f {MANIFEST} {MANIFEST}.sig")
-    running.service.baseline()
-    clear_all(running, "configured anew")
-    for guest in (running.alice, running.bob):
-        running.service.give_trust(guest)
-
-
-def clear_all(running: Running, reason: str) -> None:
-    for line in running.service.ctl_json("drift", "list")["drift"]:
-        running.service.ctl("drift", "clear", line["component"], "--reason", reason)
-
-
-def state_of(running: Running, name: str) -> str:
-    return running.host.run(["virsh", "domstate", name]).text.strip()
-
-
-def until(condition: Callable[[], bool], what: str, limit: float = REACTED) -> None:
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.5)
-
-
-def reactions(running: Running, component: str) -> dict[str, str]:
-    for line in running.service.ctl_json("drift", "list")["drift"]:
-        if line["component"] == component:
-            return {step["step"]: step["outcome"] for step in line["reactions"]}
-    return {}
-
-
-def test_a_drifted_vm_is_suspended_and_runs_again_when_it_is_cleared(suspending: Running) -> None:
-    host, service, alice = suspending.host, suspending.service, suspending.alice
-    suspending.python(alice).close()
-    component = f"process:{alice.uuid}"
-    patch_code(host, alice.qemu_pid)
-    service.ctl("measure", "--vm", str(alice.uuid), check=False)
-    until(lambda: reactions(suspending, component).get("suspend-vm") == "done", "suspended")
-    assert state_of(suspending, "alice") == "paused"
-    assert state_of(suspending, "bob") == "running"
-
-    # Neither a measurer nor a vault that starts again forgets it, or resumes it.
-    for role in ("measurer", "vault"):
-        host.run(["kill", "-KILL", str(service.pid_of(role))])
-        service.wait_active()
-    until(lambda: reactions(suspending, component).get("suspend-vm") == "done", "known after a restart")
-    assert state_of(suspending, "alice") == "paused"
-
-    service.ctl("drift", "clear", component, "--reason", "test of suspend-vm")
-    # The byte is still another one: it is found, and suspended, again. So it may run only in between.
-    entries = str(service.ctl_json("ledger", "list", "-n", "50")["entries"])
-    assert "suspend-vm | the VM is suspended" in entries
-    until(
-        lambda: (
-            "resume-vm | the VM runs again" in str(service.ctl_json("ledger", "list", "-n", "50")["entries"])
-        ),
-        "resumed",
-    )
-    alice.destroy()
-    alice.start()
-    clear_all(suspending, "the machine was started again")
-    service.give_trust(alice)
-    service.wait_measured()
-    assert state_of(suspending, "alice") == "running"
-    python = suspending.python(alice)
-    assert python.ask("client.random(8)").ok
-    python.close()
-
-
-def test_a_vm_that_its_operator_paused_stays_paused(suspending: Running) -> None:
-    host, service, bob = suspending.host, suspending.service, suspending.bob
-    suspending.python(bob).close()
-    component = f"process:{bob.uuid}"
-    host.run(["virsh", "--quiet", "suspend", "bob"])
-    patch_code(host, bob.qemu_pid)
-    service.ctl("measure", "--vm", str(bob.uuid), check=False)
-    until(lambda: reactions(suspending, component).get("suspend-vm") == "done", "reacted to")
-    bob.destroy()
-    clear_all(suspending, "the machine was stopped")
-    bob.start()
-    service.give_trust(bob)
-    service.wait_measured()
-    assert "the VM had been paused by others" in str(
-        service.ctl_json("ledger", "list", "-n", "50")["entries"]
-    )

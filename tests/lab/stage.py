@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tests.lab.conftest import Running
     from tests.support.attacks import Finding, Staged
 
+QEMU = "/usr/bin/qemu-system-x86_64"
 ANSWER_S = 90.0
 """From an officer's word, or a machine's start, to the next answer, under emulation."""
 TRIES = 4
@@ -68,6 +69,22 @@ class Stage:
     @property
     def own(self) -> str:
         return f"process:{self.running.alice.uuid}"
+
+    def quiet_text(self) -> tuple[int, int]:
+        """File offset and, in alice's process, address of an instruction of QEMU's that may be changed
+        while it runs (qemu/tamper.py)."""
+        script = (
+            "import sys\n"
+            "for line in open(f'/proc/{sys.argv[1]}/maps'):\n"
+            "    place, mode, offset, _device, _inode, *name = line.split()\n"
+            f"    if mode == 'r-xp' and name == ['{QEMU}']: break\n"
+            f"data = open('{QEMU}', 'rb').read()\n"
+            "start, end = (int(part, 16) for part in place.split('-'))\n"
+            "at = data.find(bytes.fromhex('31c0c30f1f'), int(offset, 16) + (end - start) // 2)\n"
+            "print(at, at - int(offset, 16) + start)"
+        )
+        offset, address = self.host.run(["python3", "-c", script, str(self.pid)]).text.split()
+        return int(offset), int(address)
 
     def stop(self) -> None:
         """Alice's machine ends; the next request starts it anew."""

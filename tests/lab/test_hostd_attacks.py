@@ -13,7 +13,7 @@ import pytest
 from qemu import tamper_hooks, tamper_ram
 from qemu.tamper import patch_code
 from qemu.tamper_module import NAME, Tamper
-from tests.lab.stage import Stage
+from tests.lab.stage import QEMU, Stage
 from tests.support.attacks import Attack, Outcome, Sign, Staged, attempt, report
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from tests.lab.conftest import Running
 
-QEMU = "/usr/bin/qemu-system-x86_64"
 FIRMWARE = "/usr/share/seabios/bios-256k.bin"
 FREE_CID = 77
 HOLDERS_S = 60.0
@@ -48,7 +47,7 @@ def write_text(stage: Stage) -> Staged:
 
 
 def probe_hypervisor(stage: Stage) -> Staged:
-    patch = _quiet_place(stage)
+    patch = stage.quiet_text()[0]
     undo = tamper_hooks.uprobe(stage.host, QEMU, patch)
     return hosts(Sign(stage.own, ("code-altered",), (QEMU, f"file offset {patch:#x}")), undo=undo)
 
@@ -177,7 +176,7 @@ def join_own_group(stage: Stage) -> Staged:
 
 
 def flip_text_from_outside(stage: Stage) -> Staged:
-    offset, address = _text(stage)
+    offset, address = stage.quiet_text()
     flip = tamper_ram.flip_process(stage.host, stage.pid, address, 0x33)
     return hosts(Sign("files", ("file-altered",), (QEMU, f"file offset {offset:#x}")), undo=flip.put_back)
 
@@ -207,7 +206,7 @@ def load_module(stage: Stage) -> Staged:
 
 
 def flip_text_by_module(stage: Stage) -> Staged:
-    offset, _address = _text(stage)
+    offset, _address = stage.quiet_text()
     return _by_module(
         stage,
         lambda tamper: tamper.flip_page(QEMU, offset, 0x02),
@@ -248,11 +247,6 @@ def _by_module(stage: Stage, change: Callable[[Tamper], None], sign: Sign) -> St
     return hosts(sign, undo=do)
 
 
-def _quiet_place(stage: Stage) -> int:
-    """An instruction of QEMU's that may be changed while it runs (qemu/tamper.py)."""
-    return _text(stage)[0]
-
-
 def _quiet_place_in_file(stage: Stage) -> int:
     """That instruction's file offset, when no machine runs."""
     script = (
@@ -261,22 +255,6 @@ def _quiet_place_in_file(stage: Stage) -> int:
         "print(at)"
     )
     return int(stage.host.run(["python3", "-c", script]).text)
-
-
-def _text(stage: Stage) -> tuple[int, int]:
-    """File offset and, in alice's process, address of that instruction."""
-    script = (
-        "import sys\n"
-        "for line in open(f'/proc/{sys.argv[1]}/maps'):\n"
-        "    place, mode, offset, _device, _inode, *name = line.split()\n"
-        f"    if mode == 'r-xp' and name == ['{QEMU}']: break\n"
-        f"data = open('{QEMU}', 'rb').read()\n"
-        "start, end = (int(part, 16) for part in place.split('-'))\n"
-        "at = data.find(bytes.fromhex('31c0c30f1f'), int(offset, 16) + (end - start) // 2)\n"
-        "print(at, at - int(offset, 16) + start)"
-    )
-    offset, address = stage.host.run(["python3", "-c", script, str(stage.pid)]).text.split()
-    return int(offset), int(address)
 
 
 def _vcpu_run(stage: Stage) -> tuple[int, int, int]:

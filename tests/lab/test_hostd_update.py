@@ -14,13 +14,12 @@ from qemu.guest import Guest
 from qemu.service import MANIFEST, OFFICER
 from tests.e2e.load import HONEST
 from tests.lab.asking import Asking
-from tests.lab.stage import Stage
+from tests.lab.stage import QEMU, Stage
 
 if TYPE_CHECKING:
     from tests.lab.conftest import Running
 
 PACKAGE = "qemu-system-x86"
-QEMU = "/usr/bin/qemu-system-x86_64"
 DEB = "/root/next.deb"
 WAIT_S = 300.0
 REPACK = f"""

@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from tests.bench import peer
+from tests.bench import costless, peer
 from tests.bench.report import percentile
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def measure(report: Report, host: Host, key: str, seconds: float, place: Path) -
     reached: dict[str, float] = {}
     for load in LOADS:
         reached[load.name] = _measure(report, host, key, load, seconds)
+    _overhead(report, host, key, seconds, reached)
     if what := peer.missing():
         print(f"no peer to compare with: {what} (apt-get install softhsm2 p11-kit-modules)", file=sys.stderr)
         return
@@ -145,6 +146,30 @@ def measure(report: Report, host: Host, key: str, seconds: float, place: Path) -
     report.add("peer.softhsm_rps", rates[best], "requests/s", samples=best, note=note)
     ratio = reached[SATURATED.name] / rates[best]
     report.add("gate.peer_ratio", ratio, "1", samples=1, note=f"{SATURATED.words} / the peer at its best")
+
+
+def _overhead(report: Report, host: Host, key: str, seconds: float, reached: dict[str, float]) -> None:
+    """The same service with readings that cost nothing."""
+    quiet = run(host, key, LOADS[0], seconds)["latencies"]
+    with costless.serving(host):
+        run(host, key, LOADS[0], 1.0)
+        bare = run(host, key, LOADS[0], seconds)["latencies"]
+        full = run(host, key, SATURATED, seconds)
+    what = "readings that cost nothing (tests/bench/costless.py): quote, second look, ledger as ever"
+    with_readings, without = percentile(quiet, 0.5), percentile(bare, 0.5)
+    note = f"p50 of one client against the same with {what}"
+    ratio = {"p50_ms": round(with_readings, 2), "costless_p50_ms": round(without, 2)}
+    report.add("gate.overhead_ms", with_readings - without, "ms", samples=len(bare), note=note, **ratio)
+    rps = len(full["latencies"]) / full["seconds"]
+    share = {"ratio": round(reached[SATURATED.name] / rps, 2)}
+    report.add(
+        "gate.costless_rps",
+        rps,
+        "requests/s",
+        samples=len(full["latencies"]),
+        note=f"{SATURATED.words}; {what}",
+        **share,
+    )
 
 
 def _measure(report: Report, host: Host, key: str, load: Load, seconds: float) -> float:

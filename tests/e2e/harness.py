@@ -214,7 +214,7 @@ class Host:
             self.kill()
             raise
         self.supervisor = None
-        until(lambda: not any(map(alive, below)), "all processes have ended", 10)
+        until(lambda: not any(map(alive, below)), "all processes have ended", 30)
 
     def kill(self) -> None:
         """kill -9 of everything at once, as a power loss does (for the processes)."""
@@ -227,7 +227,7 @@ class Host:
                     os.kill(pid, number)
         self.supervisor.wait()
         self.supervisor = None
-        until(lambda: not any(map(alive, everything)), "all processes are dead", 10)
+        until(lambda: not any(map(alive, everything)), "all processes are dead", 30)
 
     def pids(self) -> dict[str, int]:
         """Roles that run now, as the supervisor wrote them down."""

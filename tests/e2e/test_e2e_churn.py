@@ -50,7 +50,7 @@ def _come_and_go(host: Host) -> str:
 
 
 def _measured(host: Host) -> None:
-    until_verified = time.monotonic() + 10
+    until_verified = time.monotonic() + 30
     while time.monotonic() < until_verified:
         status = host.status()
         assert status is not None

@@ -33,7 +33,7 @@ def host(binary: Path, vm: qemu.Vm) -> Iterator[Host]:
 def kill(pid: int) -> float:
     moment = time.monotonic()
     os.kill(pid, signal.SIGKILL)
-    until(lambda: not alive(pid), f"{pid} is dead", 5)
+    until(lambda: not alive(pid), f"{pid} is dead", 20)
     return moment
 
 

@@ -64,7 +64,7 @@ def test_open_drifted_dead(binary: Path, vm: qemu.Vm) -> None:
                     return found if found["hostd_up"] == 0 else None
                 return None
 
-            seen = until(down, "metrics say that the vault is down", 10)
+            seen = until(down, "metrics say that the vault is down", 30)
             assert not [
                 name
                 for name in seen

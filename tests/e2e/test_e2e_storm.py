@@ -206,7 +206,7 @@ def test_tampering_under_load(binary: Path) -> None:
             for thread in threads:
                 thread.join()
         took = time.monotonic() - began
-        until(lambda: not host.judged(()).violations, "all is written down", 5)
+        until(lambda: not host.judged(()).violations, "all is written down", 30)
         trace = [event for one in host.traces() for event in one]
         judge_changes(trace, changes)
         answered = sum(g.outcomes["answered"] for g in everybody)

@@ -26,7 +26,7 @@ OTHER = "6f1c1a52-4f0e-4a0c-9a55-3d2f5b7a0002"
 
 
 def sentence_holds(host: TracedHost, load: Load) -> Freshness:
-    until(lambda: host.judged(load.answers).violations == [], "all is written down", 5)
+    until(lambda: host.judged(load.answers).violations == [], "all is written down", 30)
     found = host.judged(load.answers)
     print(dict(found.counts))
     assert found.counts["released"] >= len(load.answers) > 0

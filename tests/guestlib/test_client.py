@@ -288,7 +288,7 @@ def test_a_host_that_says_nothing(run_dir: Path) -> None:
 def test_another_ca_is_not_trusted(gateway: GatewayProcess, vault: SimulatedVault) -> None:
     address = f"unix:{gateway.path}"
     with (
-        Client(Trust.channel_ca(ChannelCa().pem), address, timeout_s=3) as client,
+        Client(Trust.channel_ca(ChannelCa().pem), address, timeout_s=30) as client,
         pytest.raises(TransportError, match="CERTIFICATE_VERIFY_FAILED"),
     ):
         client.health()
@@ -298,7 +298,7 @@ def test_another_ca_is_not_trusted(gateway: GatewayProcess, vault: SimulatedVaul
     wait_for(lambda: not gateway.workers())
     vault.identity = vault.ca.issue(dns="other.name")
     with (
-        Client(Trust.channel_ca(vault.ca.pem), address, timeout_s=3) as client,
+        Client(Trust.channel_ca(vault.ca.pem), address, timeout_s=30) as client,
         pytest.raises(TransportError, match="CERTIFICATE_VERIFY_FAILED"),
     ):
         client.health()

@@ -38,7 +38,7 @@ def public() -> Iterator[Path]:
         yield Path(name)
 
 
-def until(loop: Loop, true: Callable[[], bool], seconds: float = 5.0) -> None:
+def until(loop: Loop, true: Callable[[], bool], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end

@@ -109,7 +109,7 @@ class Bench:
         sock.connect(str(self.path))
         return Channel(sock, Response)
 
-    def until(self, condition: Callable[[], bool], within_s: float = 10.0) -> None:
+    def until(self, condition: Callable[[], bool], within_s: float = 30.0) -> None:
         end = time.monotonic() + within_s
         while not condition():
             assert time.monotonic() < end, "it did not happen"

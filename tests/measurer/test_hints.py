@@ -53,7 +53,7 @@ class Bench:
     def run(self, pid: int) -> None:
         self.guests.guests = (SimpleNamespace(hypervisor=SimpleNamespace(pid=pid, vm=VM)),)
 
-    def until(self, condition: Callable[[], bool], within_s: float = 5.0) -> None:
+    def until(self, condition: Callable[[], bool], within_s: float = 30.0) -> None:
         end = time.monotonic() + within_s
         while not condition():
             assert time.monotonic() < end, "it did not happen"

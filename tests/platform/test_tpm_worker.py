@@ -21,7 +21,7 @@ def ignore(_job: Job[object]) -> None:
     pass
 
 
-def wait(worker: TpmWorker, count: int, within_s: float = 10.0) -> list[Job[object]]:
+def wait(worker: TpmWorker, count: int, within_s: float = 30.0) -> list[Job[object]]:
     jobs: list[Job[object]] = []
     end = time.monotonic() + within_s
     while len(jobs) < count and time.monotonic() < end:

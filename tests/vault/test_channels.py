@@ -45,7 +45,7 @@ def _open(number: str) -> bool:
 
 
 def run_until(loop: Loop, condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         loop.run_once(0.01)

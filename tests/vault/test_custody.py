@@ -285,7 +285,7 @@ def test_officers_in_the_ledger_are_not_recorded_anew(
     other.close()
 
 
-def run_until(loop: Loop, done: Any, seconds: float = 5.0) -> None:
+def run_until(loop: Loop, done: Any, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not done() and time.monotonic() < deadline:
         loop.run_once(0.05)

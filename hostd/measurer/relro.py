@@ -265,9 +265,9 @@ class RelroProbe:
         bases = [item.base for item in shape.loaded]
         regions, loose = _split(plan, data)
         comparison = Comparison(linking, bases, shape.vdso, list(shape.execs))
-        outcome = comparison.run(regions, loose, state.pins)
-        altered = tuple(self._names.slot(linking, shape, odd) for odd in outcome.odd[:MAX_ALTERED_SLOTS])
         writable = [n for n, item in enumerate(shape.loaded) if item.writable]
+        outcome = comparison.run(regions, loose, state.pins, final=not writable)
+        altered = tuple(self._names.slot(linking, shape, odd) for odd in outcome.odd[:MAX_ALTERED_SLOTS])
         total = outcome.total + len(writable)
         for number in writable[: MAX_ALTERED_SLOTS - len(altered)]:
             altered += (self._names.writable(linking, shape, number, regions[number]),)

@@ -119,9 +119,10 @@ class Comparison:
         self._service: frozenset[int] | None = None
         self._linkers = {number for number, module in enumerate(linking.modules) if module.is_linker}
 
-    def run(self, regions: list[memoryview], loose: list[list[int]], pins: Pins) -> Outcome:
+    def run(self, regions: list[memoryview], loose: list[list[int]], pins: Pins, *, final: bool) -> Outcome:
         """Compares. `regions`: each module's protected bytes as read; `loose`: the words at its loose
-        slots. New pins are added to `pins`, if nothing is odd."""
+        slots. New pins are added to `pins` if nothing is odd and the words are `final`: while something is
+        writable that should not be, the dynamic linker may still be at work."""
         outcome = Outcome()
         known = pins.known()
         self._vote(regions, loose, known)
@@ -132,7 +133,7 @@ class Comparison:
             outcome.words.append(len(regions[number]) // WORD + len(loose[number]))
         if len(known.words) > MAX_PINNED:
             outcome.total += len(known.words)
-        if not outcome.total:
+        if final and not outcome.total:
             pins.keep(known, self._bases)
         return outcome
 

@@ -106,16 +106,16 @@ def replace_firmware(stage: Stage) -> Staged:
 
 
 def write_raw_block(stage: Stage) -> Staged:
-    """On the disk, beneath the file system, while no machine runs: the file's times are the old ones, and the
-    kernel does not measure it again."""
+    """On the disk, beneath the file system, while no machine runs and the measurer, which maps the file, was
+    stopped: the file's times are the old ones, and the kernel does not measure it again."""
     stage.stop_all()
     offset = _quiet_place_in_file(stage)
-    old, release = tamper_hooks.write_raw(stage.host, QEMU, offset, 0x33)
+    old, release = _write_unmapped(stage, offset, 0x33)
 
     def undo() -> None:
         stage.stop()
         release()
-        _new, done = tamper_hooks.write_raw(stage.host, QEMU, offset, old)
+        _new, done = _write_unmapped(stage, offset, old)
         done()
 
     stage.running.alice.start()
@@ -245,6 +245,14 @@ def _by_module(stage: Stage, change: Callable[[Tamper], None], sign: Sign) -> St
 
     do()
     return hosts(sign, undo=do)
+
+
+def _write_unmapped(stage: Stage, offset: int, byte: int) -> tuple[int, Callable[[], None]]:
+    stage.host.run(["systemctl", "stop", "hostd-measurer"])
+    try:
+        return tamper_hooks.write_raw(stage.host, QEMU, offset, byte)
+    finally:
+        stage.host.run(["systemctl", "start", "hostd-measurer"])
 
 
 def _quiet_place_in_file(stage: Stage) -> int:

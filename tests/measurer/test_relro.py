@@ -245,6 +245,36 @@ def test_what_the_linker_keeps_is_pinned(watched: Watched, vm: qemu.Vm) -> None:
     assert verdict(watched, vm).findings
 
 
+def test_what_is_seen_while_the_linker_works_is_not_pinned(
+    watched: Watched, vm: qemu.Vm, binary: Path
+) -> None:
+    """A machine that is read as it starts: words of the linker's own come to be while they are writable."""
+    start(watched, vm)
+    linker = parsed(Path(os.path.realpath("/lib64/ld-linux-x86-64.so.2")))
+    low, high = linker.image.relro
+    symbols = [linker.symbols.symbol(index) for index in range(linker.symbols.count)]
+    value = next(symbol.value for symbol in symbols if symbol.name == b"_dl_argv")
+    with qemu.running(binary, name="starts") as other:
+        base = base_of(other.pid, "ld-linux")
+        page, length = (base + low) // 4096 * 4096, (high - low) // 4096 * 4096
+        tamper.syscall(other.pid, tamper.SYS_MPROTECT, page, length, mmap.PROT_READ | mmap.PROT_WRITE)
+        final = word(other.pid, base + value)
+        write_word(other.pid, base + value, 0)
+        said = set()
+        for _ in range(ROUNDS):
+            answer = watched.measurer.answer(Ask(0, Kind.RELRO, other.uuid))
+            assert isinstance(answer, Missing)
+            said.add(answer.reason)
+            if "the dynamic linker has not protected everything yet" in said:
+                break
+            time.sleep(0.002)
+        else:
+            raise AssertionError(said)
+        write_word(other.pid, base + value, final)
+        tamper.syscall(other.pid, tamper.SYS_MPROTECT, page, length, mmap.PROT_READ)
+        assert_good(watched, other)
+
+
 def test_a_word_that_was_as_in_the_file_is_not_pinned_later(watched: Watched, vm: qemu.Vm) -> None:
     start(watched, vm)
     linker = parsed(Path(os.path.realpath("/lib64/ld-linux-x86-64.so.2")))

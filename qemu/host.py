@@ -10,6 +10,7 @@ a power-off, and go with the object. Errors are those of ``qemu.errors``.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import shutil
@@ -21,7 +22,7 @@ from typing import BinaryIO, Final, Self
 
 from qemu.cache import cache_root
 from qemu.channel import Channel, Command, Transport
-from qemu.errors import BootError, LabError, PowerStateError, Result
+from qemu.errors import BootError, ChannelClosedError, LabError, PowerStateError, Result
 from qemu.image import ensure_image
 from qemu.machine import FIRMWARE_VARS, Machine, Parts, Settings
 from qemu.process import run_tool, step
@@ -95,7 +96,9 @@ class LabHost:
     def shutdown(self) -> None:
         """Power off cleanly: services stop, disks are written, the TPM is told."""
         machine = self._on()
-        self.run(["systemctl", "poweroff", "--no-block"], 30)
+        # It may be off before it could say that it was told to; `wait_off` knows.
+        with contextlib.suppress(ChannelClosedError):
+            self.run(["systemctl", "poweroff", "--no-block"], 30)
         machine.wait_off(OFF_LIMIT)
         self._machine = None
 

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from guestlib.attest.canonical import canonical_aad
 from guestlib.errors import InvalidFileError
 
 if TYPE_CHECKING:
@@ -131,16 +132,6 @@ def parse_header(data: bytes) -> Header:
         raise FileError(Damage.TRUNCATED, more=": it ends within the header")
     salt = data[len(MAGIC) + 1 : FIXED_BYTES - 2]
     return Header(data[4], salt, data[FIXED_BYTES:-MAC_BYTES], data[-MAC_BYTES:])
-
-
-def canonical_aad(aad: Mapping[str, str]) -> bytes:
-    """Pairs sorted by name (code points), each string as its length (4 bytes, big endian) and UTF-8."""
-    parts: list[bytes] = []
-    for name in sorted(aad):
-        for text in (name, aad[name]):
-            raw = text.encode()
-            parts += (len(raw).to_bytes(4, "big"), raw)
-    return b"".join(parts)
 
 
 class _Keys:

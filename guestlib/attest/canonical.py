@@ -85,3 +85,14 @@ def commitment(salt: bytes, body: bytes) -> bytes:
     if len(salt) != SALT_BYTES:
         raise ValueError(f"a salt of {len(salt)} bytes, not {SALT_BYTES}")
     return hashlib.sha256(salt + body).digest()
+
+
+def canonical_aad(aad: Mapping[str, str]) -> bytes:
+    """Additional data as bytes: pairs sorted by name (code points), each string length-prefixed
+    (4 bytes, big endian, of its UTF-8), so that no two objects give the same bytes."""
+    parts: list[bytes] = []
+    for name in sorted(aad):
+        for text in (name, aad[name]):
+            raw = text.encode()
+            parts += (len(raw).to_bytes(4, "big"), raw)
+    return b"".join(parts)

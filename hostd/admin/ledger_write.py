@@ -26,6 +26,7 @@ from hostd.admin.ledger_read import (
 from hostd.core.entry import LedgerError
 from hostd.core.merkle import Frontier, verify_consistency
 from hostd.ipc import operating as adm
+from hostd.platform.durable import sync_folder
 from hostd.platform.segments import closed_name
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def _make_folder(folder: Path) -> None:
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(mode=0o750, parents=True, exist_ok=True)
     for one in missing:
-        _sync_folder(one.parent)
+        sync_folder(one.parent)
 
 
 def _root_of_lines(folder: Path, end: int) -> bytes:
@@ -250,12 +251,4 @@ def write(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync_folder(path.parent)

@@ -17,6 +17,7 @@ from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
+from hostd.platform.durable import sync_folder
 from hostd.platform.tpm_errors import TpmBlobError
 from hostd.platform.tpm_policy import DIGEST_BYTES, check_selection
 
@@ -164,8 +165,4 @@ def write_file(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_folder(path.parent)

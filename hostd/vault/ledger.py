@@ -24,6 +24,7 @@ from guestlib.attest.merkle import leaf_hash
 from hostd.core import ledgercheck
 from hostd.core.entry import MAX_ENTRY_BYTES, ArchivedError, Entry, LedgerError, Rotation
 from hostd.core.merkle import Frontier
+from hostd.platform.durable import sync_folder
 from hostd.platform.segments import (
     CHUNK,
     Offsets,
@@ -174,7 +175,7 @@ class Ledger:
         if os.fstat(self._fd).st_size != end:
             os.ftruncate(self._fd, end)
             os.fsync(self._fd)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
         self._end = self._position = end
 
     # ── Appending ─────────────────────────────────────────────────────────────────────────────────
@@ -301,7 +302,7 @@ class Ledger:
         self._segments.open_first = self.tree.size
         self._size_before += self._end
         self._end = self._position = 0
-        _sync_folder(self._segments.folder)
+        sync_folder(self._segments.folder)
         self._begin_segment(first)
 
     def _begin_segment(self, previous: int) -> None:
@@ -321,7 +322,7 @@ class Ledger:
         self._write()
         self.tree.settle()
         self._offsets.settle()
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
     def drop(self, end: int) -> None:
         """Removes closed segments, all of whose entries are before `end`; an `archive` entry has said so.
@@ -337,7 +338,7 @@ class Ledger:
                 gone.path.unlink()
                 del self._segments.closed[0], starts[0]
                 self._size_before -= size
-            _sync_folder(self._segments.folder)
+            sync_folder(self._segments.folder)
         except OSError as error:
             raise LedgerError(f"{error.filename}: {error.strerror}") from error
 
@@ -381,11 +382,3 @@ class Ledger:
             self._fd = -1
             self.tree.close()
             self._offsets.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from guestlib.attest.canonical import canonical_aad
 from guestlib.errors import InvalidCiphertextError
 from hostd.core.keys import Algorithm
 
@@ -110,17 +111,6 @@ OVERHEAD_BYTES: Final = len(HEADER_MAGIC) + 16 + 4 + SALT_BYTES + TAG_BYTES
 def _message_key(key: bytes, salt: bytes) -> bytes:
     """SP 800-108 KDF in counter mode, HMAC-SHA256, one block: [1] || label || 00 || salt || [256]."""
     return hmac.digest(key, b"\0\0\0\1" + _LABEL + salt + b"\0\0\1\0", "sha256")
-
-
-def canonical_aad(aad: Mapping[str, str]) -> bytes:
-    """Additional data as bytes: pairs sorted by name (code points), each string length-prefixed
-    (4 bytes, big endian, of its UTF-8), so that no two objects give the same bytes."""
-    parts: list[bytes] = []
-    for name in sorted(aad):
-        for text in (name, aad[name]):
-            raw = text.encode()
-            parts += (len(raw).to_bytes(4, "big"), raw)
-    return b"".join(parts)
 
 
 def seal(key: bytes, key_id: bytes, version: int, plaintext: bytes, aad: Mapping[str, str]) -> bytes:

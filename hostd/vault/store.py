@@ -20,6 +20,7 @@ import msgspec
 
 from guestlib.errors import ConflictError, UnavailableError
 from hostd.core.keys import Algorithm, KeyRecord, Listed, ListedVersion, State, VersionRecord
+from hostd.platform.durable import sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,19 +129,11 @@ class Store:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             if create:
-                self._sync_folder(path.parent)
+                sync_folder(path.parent)
                 self.set_meta("store_id", os.urandom(16))
                 self.commit()
         except (sqlite3.Error, OSError) as error:
             raise StoreError(f"{path}: {error}") from error
-
-    @staticmethod
-    def _sync_folder(folder: Path) -> None:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
     def _pragma(self, name: str) -> Any:
         return self._db.execute(f"PRAGMA {name}").fetchone()[0]

@@ -9,20 +9,16 @@ process of its own: `python -m tests.bench.costless run CONFIG` in place of `hos
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hostd import supervisor
 from hostd.config import load_config
 from hostd.core.findings import Kind, Status
-from hostd.platform import program
 from hostd.vault import main as entry
 from hostd.vault import vault as vaults
 from hostd.vault.measuring import Measuring
-from tests.e2e.harness import READY_S, until
+from tests.support import altered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,8 +26,6 @@ if TYPE_CHECKING:
     from hostd.core.findings import Component, Verdict
     from hostd.core.readings import Reading
     from tests.e2e.harness import Host
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class _Costless(Measuring):
@@ -78,15 +72,7 @@ class _Vault(vaults.Vault):
 def serving(host: Host) -> Iterator[None]:
     """The host so, on its own state; started again as it was afterwards."""
     host.stop()
-    with host.log_path.open("ab") as log:
-        host.supervisor = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.costless", "run", str(host.config_path)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=ROOT,
-        )
-    until(host.status, "the vault answers", READY_S)
+    altered.start(host, "tests.bench.costless")
     host.wait_open()
     host.serves(host.client())
     yield
@@ -96,16 +82,6 @@ def serving(host: Host) -> Iterator[None]:
     host.serves(host.client())
 
 
-def _run(config_path: Path) -> None:
-    def command(*arguments: str) -> list[str]:
-        if arguments[-1] == "vault":
-            return [sys.executable, "-m", "tests.bench.costless", "vault", str(config_path)]
-        return plain(*arguments)
-
-    plain, program.command = program.command, command
-    supervisor.supervise(config_path, load_config(config_path))
-
-
 def _vault(config_path: Path) -> None:
     vaults.Measuring = _Costless  # type: ignore[misc]
     entry.Vault = _Vault  # type: ignore[misc]
@@ -113,4 +89,4 @@ def _vault(config_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"run": _run, "vault": _vault}[sys.argv[1]](Path(sys.argv[2]))
+    altered.main("tests.bench.costless", _vault)

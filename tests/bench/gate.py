@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tests.bench import costless, peer
+from tests.bench.clients import together
 from tests.bench.report import percentile
 
 if TYPE_CHECKING:
@@ -58,24 +58,7 @@ def run(host: Host, key: str, load: Load, seconds: float) -> dict[str, Any]:
     arguments = (host.guest_socket, host.directory / "ca.pem", key, load.connections // processes)
     command = [sys.executable, "-m", "tests.bench.load", *map(str, arguments)]
     command += [str(load.depth), str(seconds), str(PLAINTEXT), load.receipt]
-    started = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(processes)
-    ]
-    try:
-        for process in started:
-            assert process.stdout is not None
-            if process.stdout.readline() != "ready\n":
-                raise SystemExit("a client did not get ready")
-        for process in started:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        found = [json.loads(process.communicate(timeout=seconds + 60)[0]) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+    found = together(command, processes, seconds)
     failed: dict[str, int] = {}
     for one in found:
         for code, count in one["failed"].items():

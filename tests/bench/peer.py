@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from tests.bench.clients import together
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -146,30 +148,8 @@ def saturated(place: Path, *, clients: int, seconds: float, size: int) -> float:
     """Encryptions a second by so many client processes together."""
     place.mkdir()
     with server(place) as env:
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.bench.peer", str(seconds), str(size)],
-                env=env,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for _ in range(clients)
-        ]
-        try:
-            for process in started:
-                assert process.stdout is not None
-                if process.stdout.readline() != "ready\n":
-                    raise SystemExit("a client of the peer did not get ready")
-            for process in started:
-                assert process.stdin is not None
-                process.stdin.write("go\n")
-                process.stdin.flush()
-            found = [json.loads(process.communicate(timeout=seconds + 60)[0]) for process in started]
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
+        command = [sys.executable, "-m", "tests.bench.peer", str(seconds), str(size)]
+        found = together(command, clients, seconds, env)
     return sum(one["count"] / one["seconds"] for one in found)
 
 

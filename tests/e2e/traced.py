@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hostd import supervisor
 from hostd.config import load_config
 from hostd.core.findings import Kind
-from hostd.platform import program
 from hostd.vault import main as entry
 from hostd.vault.vault import STANDING_SWEEPS, Vault
 from tests.e2e.harness import READY_S, Host, Settings, directory, until
+from tests.support import altered
 from tests.support.freshness import Freshness, Rules
 from tests.support.trace import AnyEvent, Arrived, Lines, Recorder, Told, read_trace
 
@@ -34,22 +31,13 @@ if TYPE_CHECKING:
 FLUSH_S = 0.05
 WRITTEN_S = 20.0
 SLOW = "fdatasync-takes"
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class TracedHost(Host):
     """A host with a trace of each vault that ran."""
 
     def start(self, seconds: float = READY_S) -> None:
-        with self.log_path.open("ab") as log:
-            self.supervisor = subprocess.Popen(
-                [sys.executable, "-m", "tests.e2e.traced", "run", str(self.config_path)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=ROOT,
-            )
-        until(self.status, "the vault answers", seconds)
+        altered.start(self, "tests.e2e.traced", seconds)
 
     def traces(self) -> list[list[AnyEvent]]:
         """One for each process, the oldest first."""
@@ -142,20 +130,10 @@ def slow_disk(seconds: Path) -> None:
     os.fdatasync = slow
 
 
-def _run(config_path: Path) -> None:
-    def command(*arguments: str) -> list[str]:
-        if arguments[-1] == "vault":
-            return [sys.executable, "-m", "tests.e2e.traced", "vault", str(config_path)]
-        return plain(*arguments)
-
-    plain, program.command = program.command, command
-    supervisor.supervise(config_path, load_config(config_path))
-
-
 def _vault(config_path: Path) -> None:
     entry.Vault = _TracedVault  # type: ignore[misc]
     entry.run(load_config(config_path))
 
 
 if __name__ == "__main__":
-    {"run": _run, "vault": _vault}[sys.argv[1]](Path(sys.argv[2]))
+    altered.main("tests.e2e.traced", _vault)

@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import mmap
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,10 +75,24 @@ class LabHost:
     def boot(self, *extra: str, settled: bool = True) -> None:
         """Power on, with ``extra`` words on the kernel's command line.
 
-        Returns when systemd has started everything (``settled``), or as soon as the agent answers.
+        Returns when systemd has started everything (``settled``), or as soon as the agent answers. An
+        emulated host that dies on the way is, saying so, started once more.
+
+        Raises:
+            BootError: it does not come up, the second time either; or a unit failed.
         """
         if self._machine is not None:
             raise PowerStateError("the host is already on")
+        try:
+            self._power_on(extra, settled)
+        except (BootError, ChannelClosedError) as error:
+            if self.settings.accel != "tcg" or (self._machine is not None and self._machine.running):
+                raise
+            print(f"lab: WARNING: {error}\nlab: WARNING: booting once more", file=sys.stderr)
+            self.power_cut()
+            self._power_on(extra, settled)
+
+    def _power_on(self, extra: Sequence[str], settled: bool) -> None:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{self._work.path.name[-8:]}-{next(_boots)}.console.log"
         self.console_log = self.logs / name
         run = self._work.path / "run"

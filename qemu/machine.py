@@ -31,6 +31,9 @@ FIRMWARE: Final = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 FIRMWARE_VARS: Final = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 COMMAND_LINE: Final = (
     *("root=/dev/vda", "rw", "console=ttyS0", "panic=-1"),  # a panic ends QEMU (-no-reboot)
+    # An emulated CPU may loop for ever at an instruction that the other one has just patched (QEMU 7.2; two
+    # in some two hundred boots): after 40 s without progress that is a panic, and the lab is told.
+    *("watchdog_thresh=20", "softlockup_panic=1"),
     *("ima_policy=tcb", "ima_hash=sha256"),
 )
 # Everything QEMU can emulate, SVM included, but for AVX: emulating its wide registers makes SHA-256 (the

@@ -108,11 +108,15 @@ class Tpm:
 
     def close(self) -> None:
         self._keys = None
-        if self._session is not None and self._session_generation == self._esys.generation:
-            with contextlib.suppress(TpmError):
-                self._esys.flush(self._session)
-        self._session = None
+        self._end_session()
         self._esys.close()
+
+    def _end_session(self) -> None:
+        """Has the TPM forget the session of `check_pcrs`, if it still knows it."""
+        session, self._session = self._session, None
+        if session is not None and self._session_generation == self._esys.generation:
+            with contextlib.suppress(TpmError):
+                self._esys.flush(session)
 
     # ── Identity ──────────────────────────────────────────────────────────────────────────────────
 
@@ -205,7 +209,7 @@ class Tpm:
                 if len(counters) == 1:
                     return values
         except (TpmCommandError, TpmUnavailableError):
-            self._session = None  # the TPM may have been reset: the next call starts another
+            self._end_session()  # the TPM may have been reset: the next call starts another
             raise
         raise TpmBusyError(f"PCRs moved while they were read, {QUOTE_ATTEMPTS} times")
 

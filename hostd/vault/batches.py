@@ -6,7 +6,12 @@
 Execution comes after the verdict, never before: in a drifted state no key is touched. The quote runs
 in the TPM's thread while the disk works. `confirm` reads again what can change quickly: the IMA log,
 which must replay to the PCR 10 of this quote, and `process` and `relro` of every VM in the batch, by readings
-that start after the quote. One batch is under way at a time; the ring goes on reading meanwhile.
+that start after the quote. The ring goes on reading meanwhile.
+
+Two batches may be under way, of different callers: while one waits for the TPM and its second look, the next
+executes for those who have nothing in it. So whoever asks one thing at a time does not wait for what a
+neighbour has in flight; and callers who were answered together are executed together again, which is cheaper.
+Each is quoted, looked at and released or withheld for itself.
 """
 
 from __future__ import annotations
@@ -52,11 +57,14 @@ CONFIRM_S: Final = 5.0
 MAX_PENDING: Final = 16
 """Readings of the second look that may be pending (a file being mapped, a VM that ends) before what is
 still pending is withheld: a VM that goes away does not hold up the others."""
+UNDER_WAY: Final = 2
+"""Batches between execution and release."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Batch:
     executed: list[Executed]
+    callers: frozenset[Caller]
     passed: Pass
     confirm: frozenset[Component]
     began: int
@@ -108,29 +116,25 @@ class Batches:
         self._evidence_digest = evidence_digest
         self._found = found
         self._shut = shut
-        self._batch: _Batch | None = None
+        self._under_way: list[_Batch] = []
+        """In the order in which they were taken."""
 
     @property
     def busy(self) -> bool:
-        return self._batch is not None
-
-    @property
-    def overdue(self) -> bool:
-        return (
-            self._batch is not None and self._batch.quoted_at > 0 and time.monotonic() > self._batch.deadline
-        )
+        return bool(self._under_way)
 
     def start(self) -> None:
-        """Takes the next batch if there is one and none is under way."""
-        if self._batch is not None:
+        """Takes the next batch if there is one, of callers who have nothing under way."""
+        if len(self._under_way) >= UNDER_WAY:
             return
         now = time.monotonic_ns()
-        taken = self._gate.take(now)
+        taken = self._gate.take(now, frozenset().union(*(batch.callers for batch in self._under_way)))
         if taken is None:
             return
         requests, passed = taken
         confirm = frozenset(c for c, _ in passed.readings if c == IMA or c.kind in SECOND_LOOK)
-        self._batch = batch = _Batch([], passed, confirm, now)
+        batch = _Batch([], frozenset(request.caller for request in requests), passed, confirm, now)
+        self._under_way.append(batch)
         batch.digest = self._evidence_digest(passed)
         wall = time.time_ns() // 1_000_000
         try:
@@ -160,8 +164,8 @@ class Batches:
         with suppress(StoreError):
             self._store.rollback()
         self._shut(error.message)
-        if self._batch is batch:  # else its quote failed at once, and all were refused then
-            self._batch = None
+        if batch in self._under_way:  # else its quote failed at once, and all were refused then
+            self._under_way.remove(batch)
             for request in requests:
                 job_of(request).refuse(UnavailableError("the answer could not be recorded"))
         if batch.first is None:
@@ -190,13 +194,13 @@ class Batches:
 
     @property
     def unsettled(self) -> int | None:
-        """The first entry of the batch under way, of whose answers nobody may know; None if there is none."""
-        return None if self._batch is None else self._batch.first
+        """The first entry of what is under way, of whose answers nobody may know; None if nothing is."""
+        return self._under_way[0].first if self._under_way else None
 
     # ── After the quote ───────────────────────────────────────────────────────────────────────────
 
     def _on_quote(self, batch: _Batch, result: Quoted | PcrsRead | TpmError) -> None:
-        if batch is not self._batch:
+        if batch not in self._under_way:
             return  # abandoned meanwhile; its quote says nothing of the batch that came after
         if isinstance(result, TpmError):
             self._withhold(batch, UnavailableError("the TPM did not quote"), str(result))
@@ -220,12 +224,15 @@ class Batches:
         self.confirm()
 
     def confirm(self) -> None:
-        """Goes on with the batch's second look; called after every verdict too."""
-        batch = self._batch
-        if batch is None or batch.quoted is None:
-            return
+        """Goes on with the second looks; called after every verdict too."""
+        for batch in tuple(self._under_way):
+            # What comes of one may end another.
+            if batch.quoted is not None and batch in self._under_way:
+                self._look_again(batch)
+
+    def _look_again(self, batch: _Batch) -> None:
         unseen = [c for c in batch.confirm if not self._looked_at(batch, c)]
-        if unseen and not self.overdue:
+        if unseen and time.monotonic() <= batch.deadline:
             # What is pending (a file just mapped) needs its content too before it can be good; or the
             # machine has gone, and `guests` says so.
             again = any(batch.tries.get(c) for c in unseen)
@@ -238,7 +245,7 @@ class Batches:
 
     def _looked_at(self, batch: _Batch, component: Component) -> bool:
         """Whether the second look at a component has come to something."""
-        if self._gone(batch, component):
+        if component in self._gate.ring.withheld or self._gone(batch, component):
             return True
         stamp = self._gate.stamps.get(component)
         if stamp is None or stamp.started < batch.quoted_at:
@@ -263,14 +270,13 @@ class Batches:
         )
 
     def _finish(self, batch: _Batch) -> None:
-        self._batch = None
+        self._under_way.remove(batch)
         assert batch.quoted is not None
         ima = self._gate.stamps.get(IMA)
         read = ima is not None and ima.status is Status.VERIFIED and ima.started >= batch.quoted_at
         if read and not self._replays(batch):
             self._found(IMA, (self._log_mismatch(batch),))
-        callers = {executed.request.caller for executed in batch.executed}
-        released = {caller for caller in callers if self._confirmed(batch, caller)}
+        released = {caller for caller in batch.callers if self._confirmed(batch, caller)}
         withheld: list[Executed] = []
         for executed in batch.executed:
             if executed.request.caller in released:
@@ -310,7 +316,9 @@ class Batches:
         # Position 0 is a PCR 10 that nothing was ever extended into: not the TPM of a kernel with a log.
         if judge is None or not position:
             return False
-        judge.ima.settle(position)
+        # What the quote of another batch may still have to be found among is kept.
+        if all(batch.quoted_at <= other.quoted_at for other in self._under_way if other.quoted_at):
+            judge.ima.settle(position)
         return True
 
     def _log_mismatch(self, batch: _Batch) -> Finding:
@@ -341,7 +349,7 @@ class Batches:
             self._counters.count("hostd_requests_total", op=job.name, outcome=executed.error.code)
 
     def _withhold(self, batch: _Batch, error: HostdError, why: str) -> None:
-        self._batch = None
+        self._under_way.remove(batch)
         self._say_withheld(batch.executed, batch.passed.number, why)
         for executed in batch.executed:
             job_of(executed.request).refuse(error)
@@ -354,6 +362,7 @@ class Batches:
             self._shut(error.message)
 
     def abandon(self, why: str) -> None:
-        """The measurer or the keys are gone: nothing of the batch under way leaves."""
-        if self._batch is not None:
-            self._withhold(self._batch, UnavailableError("the measurement could not be confirmed"), why)
+        """The measurer or the keys are gone: nothing of the batches under way leaves."""
+        while self._under_way:
+            batch = self._under_way[0]
+            self._withhold(batch, UnavailableError("the measurement could not be confirmed"), why)

@@ -42,7 +42,7 @@ from hostd.vault.shares import Shares
 from hostd.vault.waiting import Pass, Refused, Stamp, Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Container, Iterable
 
     from guestlib.errors import HostdError
     from hostd.core.callers import Caller
@@ -173,7 +173,7 @@ class Gate:
             return -1
         return min(map(self.until, self.needs(caller)))
 
-    def take(self, now: int) -> tuple[list[Waiting], Pass] | None:
+    def take(self, now: int, without: Container[Caller] = ()) -> tuple[list[Waiting], Pass] | None:
         """The next batch that may execute now, callers in turn, and the pass it rests on."""
         if self.shut is not None:
             return None
@@ -181,13 +181,13 @@ class Gate:
         components: set[Component] = set()
         spent = 0
         share = self._shares.of_each(now, len(self._turn))
-        for _ in range(len(self._turn)):
+        for caller in tuple(self._turn):
             if spent >= self._shares.batch:
                 break  # those left are the first of the next batch
-            caller = self._turn[0]
             self._turn.rotate(-1)
             requests = self._queues[caller]
-            until = self._may_execute(caller) if self.latched_for(caller) is None else -1
+            barred = caller in without or self.latched_for(caller) is not None
+            until = -1 if barred else self._may_execute(caller)
             taken = 0
             while (
                 requests

@@ -110,3 +110,11 @@ def test_reboot_power_cut_and_rollback(lab: LabHost) -> None:
     lab.rollback("old", tpm=False)
     lab.boot()
     assert (lab.get("/root/state"), _nv_counter(lab)) == (b"old", counter + 1)
+
+
+def test_a_host_whose_kernel_panics_is_off_and_who_waits_is_told(lab: LabHost) -> None:
+    waiting = lab.start(["sleep", "1000"])
+    lab.start("echo c >/proc/sysrq-trigger")
+    with pytest.raises(ChannelClosedError):
+        waiting.wait(60)
+    assert not lab.running

@@ -638,6 +638,25 @@ def test_pcrs_that_never_stand_still(wired: tuple[Tpm, OnTheWire], monkeypatch: 
         tpm.check_pcrs(BOOT)
 
 
+def test_a_check_that_fails_leaves_no_session_behind(
+    own_host: Embedded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tpm = own_host.open()
+    tpm.check_pcrs(BOOT)
+
+    def refused(*_: object) -> object:
+        raise TpmCommandError(0x922, "PCR_Read", "retry")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tpm, "_read_pcrs", refused)
+        for _ in range(5):
+            with pytest.raises(TpmCommandError):
+                tpm.check_pcrs(BOOT)
+            assert leftovers(own_host) == ()
+    assert tpm.check_pcrs(BOOT) == tpm.read_pcrs(BOOT)
+    tpm.close()
+
+
 def test_checking_goes_on_after_the_tpm_was_reset(own_host: Embedded) -> None:
     tpm = own_host.open()
     tpm.check_pcrs(BOOT)

@@ -323,7 +323,7 @@ def test_each_part_of_the_second_look_is_waited_for(bench: Bench) -> None:
     assert bench.outcomes() == {"a": "answer"}
 
 
-def test_one_batch_at_a_time(bench: Bench) -> None:
+def test_one_batch_at_a_time_of_each_caller(bench: Bench) -> None:
     bench.arrive("a")
     bench.begin()
     bench.arrive("b")
@@ -335,6 +335,112 @@ def test_one_batch_at_a_time(bench: Bench) -> None:
     bench.second_look()
     bench.batches.start()
     assert bench.events == [("execute", "a"), ("answer", "a"), ("execute", "b")]
+
+
+def test_who_has_nothing_under_way_does_not_wait_for_who_has(bench: Bench) -> None:
+    bench.arrive("a")
+    bench.begin()
+    bench.arrive("a2")
+    bench.arrive("b", B)
+    bench.read_all()
+    bench.batches.start()
+    assert bench.events == [("execute", "a"), ("execute", "b")]
+    assert bench.batches.unsettled == 0
+    # Each has a quote over a head of its own, and a second look at what is its own.
+    (first, _), (second, _) = bench.tpm.pending
+    assert first == pass_qualifying(1, (1).to_bytes(32, "big"), 2, bench.ledger.tree.root(2))
+    assert second == pass_qualifying(2, (2).to_bytes(32, "big"), 4, bench.ledger.tree.root(4))
+    bench.quoted()
+    bench.quoted()
+    bench.batches.confirm()
+    bench.read(IMA, PROCESS_B, RELRO_B)
+    bench.batches.confirm()
+    assert bench.outcomes() == {"b": "answer"}
+    bench.read(PROCESS_A, RELRO_A)
+    bench.batches.confirm()
+    assert bench.outcomes() == {"a": "answer", "b": "answer"}
+    assert bench.receipts == {"a": Receipt(1, 1), "b": Receipt(3, 2)}
+    assert bench.heads.noted == [2, 4]
+
+
+def test_no_third_batch_while_two_are_under_way(bench: Bench) -> None:
+    bench.arrive("a")
+    bench.begin()
+    bench.arrive("b", B)
+    bench.begin()
+    bench.arrive("officer", OFFICER)
+    bench.read_all()
+    bench.batches.start()
+    assert ("execute", "officer") not in bench.events
+    bench.quoted(error=TpmError("gone"))
+    bench.batches.start()
+    assert bench.events[-1] == ("execute", "officer")
+
+
+def test_a_quote_that_is_still_to_be_found_in_the_log_is_kept_there(bench: Bench) -> None:
+    """The log has grown between two quotes; the batch of the later one is done first."""
+    assert bench.measuring.appraiser is not None
+    log = bench.measuring.appraiser.ima
+    bench.arrive("a")
+    bench.begin()
+    bench.arrive("b", B)
+    bench.begin()
+    bench.quoted()
+    bench.quoted()
+    bench.batches.confirm()
+    bench.read(IMA, PROCESS_B, RELRO_B)
+    bench.batches.confirm()
+    assert bench.outcomes() == {"b": "answer"}
+    assert log.settled == []
+    bench.read(PROCESS_A, RELRO_A)
+    bench.batches.confirm()
+    assert bench.outcomes() == {"a": "answer", "b": "answer"}
+    assert log.settled == [77]
+
+
+def test_what_ends_one_batch_ends_the_other_only_if_it_rests_on_it(bench: Bench) -> None:
+    bench.arrive("a")
+    bench.begin()
+    bench.arrive("b", B)
+    bench.begin()
+    bench.quoted()
+    bench.quoted()
+    bench.batches.confirm()
+    bench.read(PROCESS_B, status=Status.DRIFTED)
+    bench.second_look()
+    assert bench.outcomes() == {"a": "answer", "b": "refuse"}
+    bench.gate.clear(PROCESS_B)
+    bench.arrive("a2")
+    bench.begin()
+    bench.arrive("b2", B)
+    bench.begin()
+    bench.quoted({**PCRS, 0: b"\xff" * 32})
+    bench.quoted()
+    bench.second_look()
+    assert bench.outcomes() == {"a": "answer", "b": "refuse", "a2": "refuse", "b2": "refuse"}
+
+
+def test_the_relro_of_a_vm_whose_process_has_drifted_is_not_read(bench: Bench) -> None:
+    bench.arrive("a")
+    bench.begin()
+    bench.quoted()
+    bench.read(IMA)
+    bench.read(PROCESS_A, status=Status.DRIFTED)
+    bench.measuring.asked.clear()
+    bench.batches.confirm()
+    assert RELRO_A not in bench.measuring.asked
+    assert_withheld(bench, "a", error=RefusedDriftError)
+
+
+def test_all_that_is_under_way_is_abandoned(bench: Bench) -> None:
+    bench.arrive("a")
+    bench.begin()
+    bench.arrive("b", B)
+    bench.begin()
+    bench.quoted()
+    bench.batches.abandon("the measurer was lost")
+    assert bench.outcomes() == {"a": "refuse", "b": "refuse"}
+    assert not bench.batches.busy
 
 
 def test_a_typed_refusal_goes_the_same_way(bench: Bench) -> None:
@@ -357,7 +463,6 @@ def test_confirm_and_start_do_nothing_when_there_is_nothing(bench: Bench) -> Non
     bench.batches.confirm()
     bench.batches.start()
     bench.batches.abandon("nothing")
-    assert not bench.batches.overdue
     assert bench.ledger.size == 0
 
 
@@ -577,13 +682,11 @@ def test_a_confirmation_that_is_overdue(bench: Bench, monkeypatch: pytest.Monkey
     bench.arrive("a")
     bench.arrive("b", B)
     bench.begin()
-    assert not bench.batches.overdue
     bench.quoted()
     bench.read(IMA, PROCESS_B, RELRO_B, RELRO_A)
     bench.batches.confirm()
     assert bench.outcomes() == {}
     overdue(monkeypatch)
-    assert bench.batches.overdue
     bench.batches.confirm()
     assert bench.outcomes() == {"a": "refuse", "b": "answer"}
     assert_withheld(bench, "a", error=UnavailableError)

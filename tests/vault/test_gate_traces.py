@@ -116,9 +116,10 @@ def keep_what_was_read(gate: Gate, hypervisors: Any) -> None:
 
 
 def no_wait_for_the_second_look(batches: Batches) -> None:
-    if batches._batch is not None and batches._batch.quoted is not None:
-        batches._batch.confirm = frozenset()
-        batches._finish(batches._batch)
+    for batch in tuple(batches._under_way):
+        if batch.quoted is not None:
+            batch.confirm = frozenset()
+            batches._finish(batch)
 
 
 def second_look_from_before(batches: Batches, batch: Any, result: Any) -> None:
@@ -129,7 +130,7 @@ def second_look_from_before(batches: Batches, batch: Any, result: Any) -> None:
 
 
 def release_all(batches: Batches, batch: Any) -> None:
-    batches._batch = None
+    batches._under_way.remove(batch)
     for executed in batch.executed:
         batches._release(executed, batch)
 
@@ -145,19 +146,19 @@ def any_pcr_will_do(batches: Batches, batch: Any, result: Any) -> None:
 def released_at_once(batches: Batches) -> None:
     """Before the TPM was asked at all."""
     START(batches)
-    batch = batches._batch
-    if batch is not None and batch.quoted is None:
-        release_all(batches, batch)
+    for batch in tuple(batches._under_way):
+        if batch.quoted is None:
+            release_all(batches, batch)
 
 
 def released_before_it_is_written(ledger: Ledger) -> None:
     """Nobody waits for the disk."""
 
 
-def shut_is_ignored(gate: Gate, now: int) -> Any:
+def shut_is_ignored(gate: Gate, now: int, without: Any) -> Any:
     why, gate.__dict__["shut"] = gate.__dict__["shut"], None
     try:
-        return TAKE(gate, now)
+        return TAKE(gate, now, without)
     finally:
         gate.__dict__["shut"] = why
 

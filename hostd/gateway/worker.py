@@ -30,7 +30,7 @@ from hostd.gateway.tls import rehearse, server_context
 from hostd.ipc.channel import Channel, ChannelClosedError, ChannelError
 from hostd.ipc.loop import Loop
 from hostd.ipc.serving import Call, ChannelIdentity, Fault, OpenChannel, Reply, ToWorker
-from hostd.platform import confine
+from hostd.platform import collector, confine
 
 if TYPE_CHECKING:
     import ssl
@@ -287,6 +287,7 @@ def serve(control_fd: int, vault_fd: int) -> None:
     rehearse(context)
     worker = Worker(Loop(), control_channel, vault, context, start.limits, life)
     confine.confine(start.seccomp, descriptors=start.limits.connections + 32)
+    collector.settle()
     worker.run(early)
 
 

@@ -23,6 +23,7 @@ from hostd.measurer.kernel import KernelProbe
 from hostd.measurer.probes import Measurer
 from hostd.measurer.server import Server, listen
 from hostd.measurer.suspender import Suspender
+from hostd.platform import collector
 from hostd.platform.notify import READY, STOPPING, WATCHDOG, notify, watchdog_interval
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def run(config: Config) -> None:
         else None,
     )
     _keep_watchdog(loop, kernel)
+    collector.settle()
     notify(READY)
     try:
         loop.run()

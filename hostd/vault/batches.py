@@ -125,7 +125,7 @@ class Batches:
 
     def start(self) -> None:
         """Takes the next batch if there is one, of callers who have nothing under way."""
-        if len(self._under_way) >= UNDER_WAY:
+        if len(self._under_way) >= UNDER_WAY or any(batch.quoted is None for batch in self._under_way):
             return
         now = time.monotonic_ns()
         taken = self._gate.take(now, frozenset().union(*(batch.callers for batch in self._under_way)))

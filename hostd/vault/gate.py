@@ -181,12 +181,13 @@ class Gate:
         components: set[Component] = set()
         spent = 0
         share = self._shares.of_each(now, len(self._turn))
+        held = self._shares.held(now, self._queues, without)
         for caller in tuple(self._turn):
             if spent >= self._shares.batch:
                 break  # those left are the first of the next batch
             self._turn.rotate(-1)
             requests = self._queues[caller]
-            barred = caller in without or self.latched_for(caller) is not None
+            barred = caller in without or caller in held or self.latched_for(caller) is not None
             until = -1 if barred else self._may_execute(caller)
             taken = 0
             while (
@@ -203,15 +204,9 @@ class Gate:
         self._forget_empty()
         if not batch:
             return None
+        self._shares.took(frozenset(request.caller for request in batch))
         self._passes += 1
-        readings = tuple(sorted((c, self._stamps[c]) for c in components))
-        passed = Pass(
-            number=self._passes,
-            first_start=min(s.started for _, s in readings),
-            last_end=max(s.ended for _, s in readings),
-            readings=readings,
-        )
-        return batch, passed
+        return batch, Pass.of(self._passes, components, self._stamps)
 
     def expired(self, now: int) -> list[Refused]:
         """Removes and returns requests whose deadline has passed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hostd.ipc.loop import Loop
-from hostd.platform import confine, notify
+from hostd.platform import collector, confine, notify
 from hostd.vault.counting import CountersEndpoint
 from hostd.vault.operators import Operators
 from hostd.vault.vault import Vault
@@ -26,6 +26,7 @@ def run(config: Config) -> None:
     vault = Vault(config, loop)
     Operators(vault, loop, config.run / "admin.sock", uids=config.admin_uids())
     CountersEndpoint(vault, loop, config.run / "metrics.sock", uid=config.uid_of("metrics"))
+    collector.settle()
     notify.notify(notify.READY)
     interval = notify.watchdog_interval()
     if interval is not None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from guestlib.errors import HostdError
     from hostd.core.callers import Caller
     from hostd.core.findings import Component, Status, Verdict
@@ -52,6 +54,13 @@ class Pass:
     first_start: int
     last_end: int
     readings: tuple[tuple[Component, Stamp], ...]
+
+    @classmethod
+    def of(cls, number: int, components: Iterable[Component], stamps: Mapping[Component, Stamp]) -> Pass:
+        """The latest readings of these components."""
+        readings = tuple(sorted((component, stamps[component]) for component in components))
+        first, last = min(s.started for _, s in readings), max(s.ended for _, s in readings)
+        return cls(number, first, last, readings)
 
 
 @dataclass(frozen=True, slots=True)

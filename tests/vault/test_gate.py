@@ -23,7 +23,7 @@ from hostd.core.findings import (
 )
 from hostd.vault.gate import HOST_COMPONENTS, STANDING, Gate
 from hostd.vault.observers import MAX_PER_CALLER
-from hostd.vault.shares import ABOUT_NS, PART
+from hostd.vault.shares import ABOUT_NS, HOLD_NS, PART
 from tests.vault.support_gate import (
     HOST,
     OFFICER,
@@ -323,12 +323,38 @@ def test_one_callers_flood_does_not_keep_another_waiting() -> None:
     single = request(B, arrived=10)
     gate.arrive(single)
     read_all(gate, at=10)
-    first = taken(gate)
-    assert single in first
-    assert len(first) == 1 + 64 // PART
+    assert taken(gate) == [single]
     # The other may ask again: as long as he is about, he waits behind no more than that.
     assert len(taken(gate)) == 64 // PART
     assert len(taken(gate, ABOUT_NS + 11)) == 64
+
+
+def test_who_floods_waits_for_who_does_not_and_not_for_long() -> None:
+    gate = make_gate(batch=64)
+    for _ in range(100):
+        gate.arrive(request(A, arrived=10, deadline=2 * HOLD_NS))
+    gate.arrive(request(B, arrived=10))
+    read_all(gate, at=10, vms=(VM_A,))  # only those of the one who floods
+    assert taken(gate, 11) == []
+    assert taken(gate, 10 + HOLD_NS) == []
+    assert [r.caller for r in taken(gate, 11 + HOLD_NS)] == [A] * (64 // PART)
+    # And again: at most so long for each of his batches.
+    assert taken(gate, 12 + HOLD_NS) == []
+    # Who is not asked now, since he has something under way, keeps nobody waiting.
+    batch = gate.take(12 + HOLD_NS, {B})
+    assert batch is not None
+    assert {r.caller for r in batch[0]} == {A}
+
+
+def test_who_is_not_asked_keeps_his_place() -> None:
+    gate = make_gate()
+    gate.arrive(request(A, arrived=10))
+    gate.arrive(request(B, arrived=10))
+    read_all(gate, at=10)
+    without = gate.take(11, {A})
+    assert without is not None
+    assert [r.caller for r in without[0]] == [B]
+    assert [r.caller for r in taken(gate)] == [A]
 
 
 def test_more_callers_than_a_batch_holds_are_all_served_in_turn() -> None:

@@ -2,8 +2,8 @@
 
 What a role has imported and made before it serves is never garbage, and a full collection looks through all
 of it again: 60,000 objects and 35 ms in a vault, in the middle of somebody's request. So it is put aside
-once (gc.freeze), and what is left is looked through seldom. Reference counting frees nearly everything at once; the
-collector is for cycles, which an exception's traceback may make.
+once (gc.freeze), and what is left is looked through seldom. Reference counting frees nearly everything at
+once; the collector is for cycles, which an exception's traceback may make.
 """
 
 from __future__ import annotations

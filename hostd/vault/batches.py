@@ -8,10 +8,10 @@ in the TPM's thread while the disk works. `confirm` reads again what can change 
 which must replay to the PCR 10 of this quote, and `process` and `relro` of every VM in the batch, by readings
 that start after the quote. The ring goes on reading meanwhile.
 
-Two batches may be under way, of different callers: while one waits for the TPM and its second look, the next
-executes for those who have nothing in it. So whoever asks one thing at a time does not wait for what a
-neighbour has in flight; and callers who were answered together are executed together again, which is cheaper.
-Each is quoted, looked at and released or withheld for itself.
+Two batches may be under way, of different callers: while one has its second look, the next executes for those
+who have nothing in it. So whoever asks one thing at a time does not wait for what a neighbour has in flight; and
+callers who were answered together are executed together again, which is cheaper. Each is quoted, looked
+at and released or withheld for itself; the TPM is asked for one at a time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ MAX_PENDING: Final = 16
 """Readings of the second look that may be pending (a file being mapped, a VM that ends) before what is
 still pending is withheld: a VM that goes away does not hold up the others."""
 UNDER_WAY: Final = 2
-"""Batches between execution and release."""
+"""Batches between execution and release; one of them may wait for the TPM."""
 
 
 @dataclass(slots=True, eq=False)

@@ -42,7 +42,7 @@ from hostd.vault.shares import Shares
 from hostd.vault.waiting import Pass, Refused, Stamp, Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from guestlib.errors import HostdError
     from hostd.core.callers import Caller
@@ -173,7 +173,7 @@ class Gate:
             return -1
         return min(map(self.until, self.needs(caller)))
 
-    def take(self, now: int, without: Container[Caller] = ()) -> tuple[list[Waiting], Pass] | None:
+    def take(self, now: int, without: Collection[Caller] = ()) -> tuple[list[Waiting], Pass] | None:
         """The next batch that may execute now, callers in turn, and the pass it rests on."""
         if self.shut is not None:
             return None

@@ -4,9 +4,9 @@ Callers share a batch evenly. Besides, while others are about, no caller has mor
 that just missed a batch waits until that was executed and answered, and somebody who floods the gate would
 make each batch as long as may be for a neighbour who asks one thing at a time. Who is alone has it all.
 
-And whoever has more than such an eighth waiting lets those go first who have not, though their readings come later: a
-batch of his, its quote and its second look would hold their readings up. He waits `HOLD_NS` for that at
-most, and goes as soon as they are executed.
+And whoever has more than such an eighth waiting lets those go first who have not, though their readings come
+later: a batch of his, its quote and its second look would hold their readings up. He waits `HOLD_NS` for
+that at most, and goes as soon as they are executed.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def test_a_full_collection_comes_at_last(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(collector, "YOUNG", 100)
     collector.settle()
     before = gc.get_stats()[2]["collections"]
-    # CPython also waits until a quarter as much is new as was there (devguide, "Collecting the oldest generation").
+    # CPython also waits until a quarter as much is new as was there.
     kept: list[list[None]] = []
     while gc.get_stats()[2]["collections"] == before:
         kept.append([])

@@ -9,8 +9,8 @@ which must replay to the PCR 10 of this quote, and `process` and `relro` of ever
 that start after the quote. The ring goes on reading meanwhile.
 
 Two batches may be under way, of different callers: while one has its second look, the next executes for those
-who have nothing in it. So whoever asks one thing at a time does not wait for what a neighbour has in flight; and
-callers who were answered together are executed together again, which is cheaper. Each is quoted, looked
+who have nothing in it. So whoever asks one thing at a time does not wait for what a neighbour has in flight;
+and callers who were answered together are executed together again, which is cheaper. Each is quoted, looked
 at and released or withheld for itself; the TPM is asked for one at a time.
 """
 

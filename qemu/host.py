@@ -31,6 +31,7 @@ from qemu.workdir import WorkDir
 
 SETTLE_LIMIT: Final = 120.0  # seconds from the agent's answer to the end of systemd's start-up
 OFF_LIMIT: Final = 90.0  # seconds for a clean power-off; systemd's own limit for a unit that hangs
+ENDS_LIMIT: Final = 10.0  # seconds from the loss of the channel to QEMU's end
 COPY_LIMIT: Final = 600.0  # seconds for a tree
 _boots = itertools.count(1)
 
@@ -86,7 +87,7 @@ class LabHost:
         try:
             self._power_on(extra, settled)
         except (BootError, ChannelClosedError) as error:
-            if self.settings.accel != "tcg" or (self._machine is not None and self._machine.running):
+            if self.settings.accel != "tcg" or not self.ended():
                 raise
             print(f"lab: WARNING: {error}\nlab: WARNING: booting once more", file=sys.stderr)
             self.power_cut()
@@ -175,6 +176,10 @@ class LabHost:
     def running(self) -> bool:
         """Whether the host is on."""
         return self._machine is not None and self._machine.running
+
+    def ended(self) -> bool:
+        """Whether the host is off, or was just lost: its channel closes a moment before it ends."""
+        return self._machine is None or self._machine.ended(ENDS_LIMIT)
 
     @property
     def tty(self) -> Path:

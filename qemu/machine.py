@@ -110,6 +110,15 @@ class Machine:
         """Whether QEMU still runs."""
         return self._qemu is not None and self._qemu.poll() is None
 
+    def ended(self, limit: float) -> bool:
+        """Whether QEMU has ended, or does within so many seconds: its sockets close a moment before."""
+        assert self._qemu is not None
+        try:
+            self._qemu.wait(limit)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def memory(self) -> mmap.mmap:
         """L1's RAM, to read and write behind its back: the kernel there cannot notice.
 

@@ -117,4 +117,5 @@ def test_a_host_whose_kernel_panics_is_off_and_who_waits_is_told(lab: LabHost) -
     lab.start("echo c >/proc/sysrq-trigger")
     with pytest.raises(ChannelClosedError):
         waiting.wait(60)
+    assert lab.ended()
     assert not lab.running

@@ -8,6 +8,7 @@ its newline in the open segment is left out, and so is a beginning that was not 
 from __future__ import annotations
 
 import re
+from bisect import insort
 from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -19,7 +20,7 @@ from hostd.core.merkle import EMPTY_ROOT, Frontier
 from hostd.platform.segments import Segment, Segments, chunks, number_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 _DECODER: Final = msgspec.json.Decoder(Entry)
@@ -60,15 +61,20 @@ class Notes:
         if entry.event == "carried":
             if entry.carried is not None:
                 self.note(entry.carried)
-            self.withheld.extend(entry.withheld)
+            self._withhold(entry.withheld)
         elif entry.event == "drift":
             self.drift[entry.op] = entry
         elif entry.event == "clear":
             self.drift.pop(entry.op, None)
         elif entry.event == "withheld":
-            self.withheld.extend(entry.withheld)
+            self._withhold(entry.withheld)
         elif entry.event in LAST:
             self.last[entry.event] = entry
+
+    def _withhold(self, runs: Iterable[tuple[int, int]]) -> None:
+        # A batch may be withheld before the one that was executed before it.
+        for run in runs:
+            insort(self.withheld, run)
 
     def carry(self, seq: int, now: int, first: int) -> list[Entry]:
         """Entries `seq`, … of a new segment that tell the next start all of this; of what was withheld, what

@@ -411,6 +411,19 @@ def test_what_ends_one_batch_ends_the_other_only_if_it_rests_on_it(bench: Bench)
     assert bench.outcomes() == {"a": "answer", "b": "refuse"}
 
 
+def test_of_two_batches_the_later_may_be_withheld_first(bench: Bench) -> None:
+    bench.under_way()
+    bench.read(PROCESS_B, status=Status.DRIFTED)
+    bench.read(IMA)
+    bench.batches.confirm()
+    assert bench.outcomes() == {"b": "refuse"}
+    bench.read(PROCESS_A, status=Status.DRIFTED)
+    bench.batches.confirm()
+    assert bench.outcomes() == {"a": "refuse", "b": "refuse"}
+    assert [e.withheld for e in bench.entries() if e.event == "withheld"] == [((3, 3),), ((1, 1),)]
+    assert bench.ledger.withheld == [(1, 1), (3, 3)]
+
+
 def test_a_pcr_in_one_batchs_quote_ends_both(bench: Bench) -> None:
     bench.under_way({**PCRS, 0: b"\xff" * 32})
     bench.second_look()

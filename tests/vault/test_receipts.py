@@ -181,6 +181,23 @@ def test_a_withheld_answer_has_no_receipt_after_a_restart_either(house: House, t
     again.close()
 
 
+def test_a_batch_that_is_withheld_before_an_earlier_one_has_no_receipts(house: House) -> None:
+    """Of two under way the later may be withheld first."""
+    first, second = house.record(Exchange()), house.record(Exchange(), Exchange())
+    (after,) = house.batch(Exchange())
+    house.recorder.withheld(second, 2, "why")
+    house.recorder.withheld(first, 1, "why")
+    house.quote()
+    held = [one.seq for one in (*first, *second)]
+    for ledger in (house.ledger, type(house.ledger)(house.ledger.path)):
+        house.receipts._ledger = ledger
+        for seq in held:
+            assert isinstance(refusal(house, RED, seq), NotFoundError)
+        assert redeem(house, RED, after)
+        told = {e.index: e.withheld for e in audit(house, RED).entries}
+        assert told == {seq: seq != after for seq in (*held, after)}
+
+
 def test_a_batch_under_way_has_no_receipts_yet(house: House) -> None:
     """It was quoted, and its second look may still withhold it."""
     (before,) = house.batch(Exchange())

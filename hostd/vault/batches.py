@@ -193,9 +193,9 @@ class Batches:
         return Executed(request, done, failure)
 
     @property
-    def unsettled(self) -> int | None:
-        """The first entry of what is under way, of whose answers nobody may know; None if nothing is."""
-        return self._under_way[0].first if self._under_way else None
+    def unsettled(self) -> tuple[range, ...]:
+        """Entries of what is under way, of whose answers nobody may know; in order."""
+        return tuple(range(b.first, b.size) for b in self._under_way if b.first is not None)
 
     # ── After the quote ───────────────────────────────────────────────────────────────────────────
 

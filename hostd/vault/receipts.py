@@ -20,7 +20,7 @@ from hostd.core.proofs import Proofs
 from hostd.ipc import operations as ops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from hostd.core.callers import Caller
     from hostd.vault.allowance import Allowance
@@ -120,7 +120,7 @@ class Receipts:
         membership: Membership,
         gate: Gate,
         allowance: Allowance,
-        unsettled: Callable[[], int | None],
+        unsettled: Callable[[], Sequence[range]],
     ) -> None:
         self._ledger = ledger
         self._heads = heads
@@ -176,15 +176,16 @@ class Receipts:
             raise RefusedDriftError("a measurement that this caller rests on has drifted")
         tenant = self._tenant(caller)
         self._keyring.check_open(tenant)
-        head, end = self._settled()
+        head = self._head()
         # Beyond the end another entry is read, so that it takes the same time as one that is not theirs.
         try:
-            line = _lines(self._ledger, min(seq, end - 1), 1)[0]
+            line = _lines(self._ledger, min(seq, head.size - 1), 1)[0]
         except ArchivedError:
             raise NotFoundError(_NONE) from None
         entry = _DECODE(line)
         theirs = entry.seq == seq and entry.tenant == tenant and entry.event == "operation"
-        if not theirs or not entry.request or self._withheld(seq):
+        undecided = any(seq in entries for entries in self._unsettled())
+        if not theirs or not entry.request or undecided or self._withheld(seq):
             raise NotFoundError(_NONE)
         return ops.ReceiptResult(self._document(entry, line, self._sheet(head)))
 
@@ -196,7 +197,8 @@ class Receipts:
         """
         self._allowance.take(caller.principal, AUDIT_COST, now)
         tenant = self._tenant(caller)
-        head, end = self._settled()
+        head, unsettled = self._head(), self._unsettled()
+        end = min(head.size, unsettled[0].start) if unsettled else head.size
         sheet = self._sheet(head)
         start = max(self._ledger.first, 0 if asked.after is None else asked.after + 1)
         needle = b'"tenant":' + msgspec.json.encode(tenant)
@@ -219,17 +221,14 @@ class Receipts:
             raise NotFoundError(_NONE)
         return tenant
 
-    def _settled(self) -> tuple[Head, int]:
-        """The latest quoted head, and the entry before which all under it are decided."""
+    def _head(self) -> Head:
+        """The latest quoted head."""
         if self._ledger.failed is not None:
             raise UnavailableError("the ledger may not say any more what was withheld")
-        head, unsettled = self._heads.latest, self._unsettled()
+        head = self._heads.latest
         if head is None or not head.size:
             raise NotFoundError(_NONE)
-        end = head.size if unsettled is None else min(head.size, unsettled)
-        if not end:
-            raise UnavailableError("the first batch is under way")
-        return head, end
+        return head
 
     def _withheld(self, seq: int) -> bool:
         runs = self._ledger.withheld

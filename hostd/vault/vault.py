@@ -223,7 +223,7 @@ class Vault:
     def _apply_shut(self) -> None:
         self.gate.shut = next(iter(self.shut_reasons.values()), None)
 
-    def _unsettled(self) -> int | None:
+    def _unsettled(self) -> tuple[range, ...]:
         return self.batches.unsettled
 
     def _evidence_digest(self, passed: Pass) -> bytes:

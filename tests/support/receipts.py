@@ -81,7 +81,7 @@ class House:
         self.heads = Heads(directory / "head.json")
         self.recorder = Recorder(self.ledger, self.keyring, membership)
         self.gate = make_gate()
-        self.unsettled: int | None = None
+        self.unsettled: tuple[range, ...] = ()
         self.passes = 0
         self.clock = 0
         """Nanoseconds, for who asks for receipts."""

@@ -361,7 +361,7 @@ def test_who_has_nothing_under_way_does_not_wait_for_who_has(bench: Bench) -> No
     bench.quoted()
     bench.batches.start()
     assert bench.events == [("execute", "a"), ("execute", "b")]
-    assert bench.batches.unsettled == 0
+    assert bench.batches.unsettled == (range(2), range(2, 4))
     # Each has a quote over a head of its own, and a second look at what is its own.
     ((second, _),) = bench.tpm.pending
     assert first == pass_qualifying(1, (1).to_bytes(32, "big"), 2, bench.ledger.tree.root(2))
@@ -370,6 +370,7 @@ def test_who_has_nothing_under_way_does_not_wait_for_who_has(bench: Bench) -> No
     bench.read(IMA, PROCESS_B, RELRO_B)
     bench.batches.confirm()
     assert bench.outcomes() == {"b": "answer"}
+    assert bench.batches.unsettled == (range(2),), "whoever was answered may have his receipt"
     bench.read(PROCESS_A, RELRO_A)
     bench.batches.confirm()
     assert bench.outcomes() == {"a": "answer", "b": "answer"}
@@ -913,19 +914,19 @@ def test_an_answer_leaves_without_a_receipt_that_cannot_be_made(bench: Bench) ->
 
 
 def test_a_batch_under_way_is_unsettled_until_it_is_answered(bench: Bench) -> None:
-    assert bench.batches.unsettled is None
+    assert bench.batches.unsettled == ()
     bench.arrive("a")
     bench.begin()
-    assert bench.batches.unsettled == 0
+    assert bench.batches.unsettled == (range(2),)
     bench.quoted()
-    assert bench.batches.unsettled == 0
+    assert bench.batches.unsettled == (range(2),)
     bench.second_look()
-    assert bench.batches.unsettled is None
+    assert bench.batches.unsettled == ()
     bench.arrive("b")
     bench.begin()
-    assert bench.batches.unsettled == 2
+    assert bench.batches.unsettled == (range(2, 4),)
     bench.quoted(error=TpmError("gone"))
-    assert bench.batches.unsettled is None
+    assert bench.batches.unsettled == ()
 
 
 def test_what_was_withheld_is_named_by_number(bench: Bench) -> None:

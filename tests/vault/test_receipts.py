@@ -202,12 +202,27 @@ def test_a_batch_under_way_has_no_receipts_yet(house: House) -> None:
     """It was quoted, and its second look may still withhold it."""
     (before,) = house.batch(Exchange())
     (at,) = house.batch(Exchange())
-    house.unsettled = at - 1
+    house.unsettled = (range(at - 1, at + 1),)
     assert isinstance(refusal(house, RED, at), NotFoundError)
     assert redeem(house, RED, before)
     assert [e.index for e in audit(house, RED).entries] == [before]
-    house.unsettled = None
+    house.unsettled = ()
     assert redeem(house, RED, at)
+
+
+def test_an_answer_has_its_receipt_though_an_earlier_batch_is_under_way(house: House) -> None:
+    """The audit log ends before that batch: a page says of each entry whether it was withheld."""
+    (first,) = house.batch(Exchange())
+    (second,) = house.batch(Exchange())
+    (third,) = house.batch(Exchange())
+    house.unsettled = (range(first - 1, first + 1), range(third - 1, third + 1))
+    assert redeem(house, RED, second)
+    for seq in (first, third):
+        assert isinstance(refusal(house, RED, seq), NotFoundError)
+    assert audit(house, RED).entries == ()
+    house.unsettled = house.unsettled[1:]
+    assert redeem(house, RED, first)
+    assert [e.index for e in audit(house, RED).entries] == [first, second]
 
 
 def test_what_no_quote_covers_has_no_receipt_yet(house: House) -> None:
@@ -223,8 +238,9 @@ def test_before_the_first_batch_there_is_none(house: House) -> None:
     house.quote()  # as set-up does
     assert isinstance(refusal(house, RED, 0), NotFoundError)
     house.batch(Exchange())
-    house.unsettled = 0
-    assert isinstance(refusal(house, RED, 1), UnavailableError)
+    house.unsettled = (range(2),)
+    assert isinstance(refusal(house, RED, 1), NotFoundError)
+    assert audit(house, RED).entries == ()
 
 
 def test_a_head_beyond_what_is_on_the_disk_gives_no_receipt(house: House) -> None:

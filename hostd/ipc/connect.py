@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from hostd.ipc.loop import Loop
 
-FIRST_DELAY_S: Final = 0.05
+FIRST_DELAY_S: Final = 0.01
 LAST_DELAY_S: Final = 2.0
 BACKLOG: Final = 64
 

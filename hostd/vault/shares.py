@@ -11,10 +11,11 @@ that at most, and goes as soon as they are executed.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping
 
     from hostd.core.callers import Caller
     from hostd.vault.waiting import Waiting
@@ -57,13 +58,13 @@ class Shares:
         return max(1, self.batch // max(waiting, 1 if alone else PART))
 
     def held(
-        self, now: int, queues: Mapping[Caller, Sequence[Waiting]], without: Collection[Caller]
+        self, now: int, queues: Mapping[Caller, Iterable[Waiting]], without: Collection[Caller]
     ) -> frozenset[Caller]:
         """Those who flood the gate, while others wait who do not. Nobody is held back for who is `without`:
-        his turn is not now. No queue is empty."""
+        his turn is not now."""
         most = max(FLOOD, self.batch // PART)
         self._flooding = frozenset(
-            caller for caller, requests in queues.items() if len(requests) * requests[0].cost > most
+            caller for caller, requests in queues.items() if _more_than(most, requests)
         )
         if not self._flooding or all(c in self._flooding or c in without for c in queues):
             return frozenset()
@@ -75,3 +76,8 @@ class Shares:
         """These are in the batch that was taken."""
         if callers & self._flooding:
             self._held_since = None
+
+
+def _more_than(most: int, requests: Iterable[Waiting]) -> bool:
+    """Whether they come to more units than that; so many of them are looked at, at most."""
+    return any(units > most for units in accumulate(request.cost for request in requests))

@@ -69,6 +69,15 @@ def test_who_floods_is_held_back_while_others_wait() -> None:
     assert shares.held(0, {A: queue(A, 4, cost=38), B: queue(B, 1)}, ()) == {A}
 
 
+def test_what_waits_is_counted_whatever_comes_first() -> None:
+    shares = Shares(BATCH)
+    most, light = BATCH // PART, queue(B, 1)
+    dear_last = queue(A, 1) + queue(A, 1, cost=most)
+    assert shares.held(0, {A: dear_last, B: light}, ()) == {A}
+    dear_first = queue(A, 1, cost=most - 9) + queue(A, 9)
+    assert shares.held(0, {A: dear_first, B: light}, ()) == frozenset()
+
+
 def test_in_a_small_batch_some_may_wait_all_the_same() -> None:
     shares = Shares(3)
     assert shares.held(0, {A: queue(A, FLOOD), B: queue(B, 1)}, ()) == frozenset()

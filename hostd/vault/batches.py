@@ -184,7 +184,8 @@ class Batches:
         try:
             done = job.run(wall)
         except HostdError as error:
-            failure = error
+            # Its traceback is a cycle through this frame, with all that the work had in hand, keys too.
+            failure = error.with_traceback(None)
         if job.mutates:
             if failure is None:
                 self._store.release()

@@ -7,8 +7,10 @@ measurer and the TPM stand; those are tested with real ones elsewhere.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -880,6 +882,34 @@ def test_a_withholding_that_cannot_be_recorded_shuts_the_gate(
     bench.second_look(process=Status.DRIFTED)
     assert bench.outcomes() == {"a": "refuse"}
     assert bench.shut
+
+
+def test_what_a_refused_request_had_in_hand_goes_with_it(bench: Bench) -> None:
+    """Not when the garbage collector comes, which is seldom: keys must leave memory."""
+
+    class Secret:
+        pass
+
+    secrets: list[weakref.ref[Secret]] = []
+
+    def run(_now: int) -> Done:
+        secret = Secret()
+        secrets.append(weakref.ref(secret))
+        raise DeniedError("no")
+
+    told: list[str] = []
+    now = time.monotonic_ns()
+    job = Job("a", False, False, run, cast("Any", None), lambda error: told.append(error.code))
+    gc.disable()
+    try:
+        bench.gate.arrive(Waiting(A, now, now + 10**12, job))
+        bench.begin()
+        bench.quoted()
+        bench.second_look()
+        assert told == [DeniedError.code]
+        assert [secret() for secret in secrets] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_defect_is_not_survived(bench: Bench) -> None:

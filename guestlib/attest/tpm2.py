@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from guestlib.attest.reader import Reader
+from guestlib.errors import MalformedError
 
 MAX_PUBLIC_BYTES: Final = 1024
 MAX_ATTEST_BYTES: Final = 1024
@@ -25,6 +26,8 @@ MAX_PCR_SELECT_BYTES: Final = 4
 
 _MAGIC: Final = 0xFF544347
 _ST_ATTEST_QUOTE: Final = 0x8018
+_CFB: Final = 0x0043
+_AES_BITS: Final = (128, 192, 256)
 
 
 class Alg(enum.IntEnum):
@@ -91,6 +94,8 @@ class Public:
     scheme: Alg
     scheme_hash: Alg | None
     key: RsaKey | EccKey
+    aes_bits: int
+    """Of the AES key in CFB mode that protects what is under a storage key or EK; 0: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +147,13 @@ def parse_public(data: bytes) -> Public:
     name_alg = _hash_alg(reader)
     attributes = reader.u32()
     policy = reader.sized(MAX_DIGEST_BYTES)
-    _symmetric(reader)
+    aes_bits = _symmetric(reader)
     scheme = _alg(reader)
     scheme_hash = None if scheme in (Alg.NULL, Alg.RSAES) else _hash_alg(reader)
     key = _rsa(reader) if kind is Alg.RSA else _ecc(reader)
     reader.end()
     name = name_alg.to_bytes(2, "big") + hashlib.new(HASHES[name_alg], area).digest()
-    return Public(name, attributes, policy, scheme, scheme_hash, key)
+    return Public(name, attributes, policy, scheme, scheme_hash, key, aes_bits)
 
 
 def _alg(reader: Reader) -> Alg:
@@ -166,13 +171,15 @@ def _hash_alg(reader: Reader) -> Alg:
     return alg
 
 
-def _symmetric(reader: Reader) -> None:
-    """TPMT_SYM_DEF_OBJECT: of no interest, but it must be one."""
+def _symmetric(reader: Reader) -> int:
+    """TPMT_SYM_DEF_OBJECT; the key's bits, 0 if it is none or not in CFB mode."""
     alg = _alg(reader)
     if alg is Alg.AES:
-        reader.take(4)  # key bits, mode
-    elif alg is not Alg.NULL:
+        bits, mode = reader.u16(), reader.u16()
+        return bits if mode == _CFB and bits in _AES_BITS else 0
+    if alg is not Alg.NULL:
         raise reader.refuse(f"not a symmetric algorithm: {alg.name}")
+    return 0
 
 
 def _rsa(reader: Reader) -> RsaKey:
@@ -257,12 +264,28 @@ def parse_signature(data: bytes) -> Signature:
     return EcdsaSignature(hash_alg, int.from_bytes(r, "big"), int.from_bytes(s, "big"))
 
 
+def name_hash(name: bytes) -> Alg:
+    """The hash that a Name was made with, one of `HASHES`.
+
+    Raises:
+        MalformedError: it is not a Name of an object.
+    """
+    alg = next((alg for alg in HASHES if name[:2] == alg.to_bytes(2, "big")), None)
+    if alg is None or len(name) != 2 + hashlib.new(HASHES[alg]).digest_size:
+        raise MalformedError("not a Name of a key")
+    return alg
+
+
 def qualified_name(parent: bytes, name: bytes) -> bytes:
     """The qualified name of an object `name` under the qualified name or handle `parent`.
 
-    SHA-256 names only: 000b and SHA-256(parent || name), TPM 2.0 part 1, section 16.
+    nameAlg and its digest of (parent || name), TPM 2.0 part 1, section 16.
+
+    Raises:
+        MalformedError: `name` is not a Name of an object.
     """
-    return Alg.SHA256.to_bytes(2, "big") + hashlib.sha256(parent + name).digest()
+    alg = name_hash(name)
+    return alg.to_bytes(2, "big") + hashlib.new(HASHES[alg], parent + name).digest()
 
 
 RH_ENDORSEMENT: Final = bytes.fromhex("4000000b")

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+from guestlib.attest.credential import Credential
 from guestlib.attest.tpm2 import parse_attest
+from hostd.platform.tpm_enrol import activate
 from hostd.platform.tpm_errors import (
     PcrMismatch,
     TpmBlobError,
@@ -273,6 +275,11 @@ class Tpm:
             if parse_attest(quote.attest).pcr_digest == pcr_digest(values):
                 return quote, values
         raise TpmBusyError(f"PCRs moved between reading and quoting, {QUOTE_ATTEMPTS} times")
+
+    def activate(self, credential: Credential) -> bytes:
+        """The secret of a credential for the attestation key (`tpm_enrol.activate`)."""
+        keys = self._open_keys()
+        return activate(self._esys, keys.srk, keys.ak, self.record.ek_public, credential)
 
     # ── Sealing ───────────────────────────────────────────────────────────────────────────────────
 

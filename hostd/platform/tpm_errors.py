@@ -29,6 +29,10 @@ class TpmBlobError(TpmError):
     """A sealed blob or a TPM record is malformed, was altered, or belongs to another TPM."""
 
 
+class TpmCredentialError(TpmError):
+    """A credential was made for other keys than this TPM's, or was altered."""
+
+
 class TpmCommandError(TpmError):
     """The TPM refused a command. `rc` is the TPM's response code (TPM 2.0 part 2, section 6.6)."""
 

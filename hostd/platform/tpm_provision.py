@@ -66,11 +66,10 @@ def provision(connect: Callable[[], Link], *, command_s: float, ak_handle: int =
 
 def _provision(esys: Esys, ak_handle: int) -> TpmRecord:
     srk = _storage_key(esys)
-    with _endorsement_key(esys) as (ek, certificate):
-        ek_public, ek_name, _qualified = _read_public(esys, ek)
+    with endorsement_key(esys) as (ek, ek_public, certificate):
         if certificate is not None:
             _check_certificate(certificate, ek_public)
-        ak = _attestation_key(esys, ek, ek_name, ek_public, ak_handle)
+        ak = _attestation_key(esys, ek, ek_public, ak_handle)
     return TpmRecord(
         format="hostd-tpm/1",
         srk_handle=SRK_HANDLE,
@@ -117,16 +116,18 @@ def _storage_key(esys: Esys) -> Any:
 
 
 @contextlib.contextmanager
-def _endorsement_key(esys: Esys) -> Iterator[tuple[Handle, bytes | None]]:
-    """The EK as a transient primary (made from the TPM's endorsement seed, always the same), and its
-    certificate."""
+def endorsement_key(esys: Esys) -> Iterator[tuple[Handle, Any, bytes | None]]:
+    """The EK as a transient primary (made from the TPM's endorsement seed, always the same), its public area,
+    and its certificate."""
     chosen = next((name for name, index in _EK_TEMPLATES if _at(esys, index) is not None), None)
     certificate, template = esys.call(
         "NV_Read", lambda e: create_ek_template(chosen or _EK_TEMPLATES[0][0], NVReadEK(e))
     )
-    ek, *_ = esys.call("CreatePrimary", lambda e: e.create_primary(None, template, ESYS_TR.ENDORSEMENT))
+    ek, public, *_ = esys.call(
+        "CreatePrimary", lambda e: e.create_primary(None, template, ESYS_TR.ENDORSEMENT)
+    )
     with esys.flushing(ek):
-        yield ek, None if certificate is None else trim_der(certificate)
+        yield ek, public, None if certificate is None else trim_der(certificate)
 
 
 def trim_der(data: bytes) -> bytes:
@@ -153,7 +154,7 @@ def _check_certificate(certificate: bytes, ek_public: Any) -> None:
         raise TpmIdentityError("the EK certificate in the TPM is not that of its endorsement key")
 
 
-def _attestation_key(esys: Esys, ek: Handle, ek_name: bytes, ek_public: Any, handle: int) -> Any:
+def _attestation_key(esys: Esys, ek: Handle, ek_public: Any, handle: int) -> Any:
     found = _at(esys, handle)
     if found is None:
         found = _make_attestation_key(esys, ek, ek_public, handle)
@@ -162,6 +163,7 @@ def _attestation_key(esys: Esys, ek: Handle, ek_name: bytes, ek_public: Any, han
     expected.publicArea.unique.ecc = public.publicArea.unique.ecc
     if expected.marshal() != public.marshal():
         raise TpmIdentityError(f"what is at 0x{handle:x} is not an attestation key of hostd")
+    ek_name = bytes(ek_public.get_name())
     if qualified != qualified_name(qualified_name(RH_ENDORSEMENT, ek_name), name):
         raise TpmIdentityError(f"the attestation key at 0x{handle:x} is not a child of this endorsement key")
     return public
@@ -182,7 +184,7 @@ def _make_attestation_key(esys: Esys, ek: Handle, ek_public: Any, handle: int) -
 def _ek_authority(esys: Esys, ek_public: Any) -> Iterator[Handle]:
     """What authorises one use of the EK: PolicySecret(endorsement) for the L templates, the empty
     authValue for the H ones."""
-    if ek_public.publicArea.objectAttributes & TPMA_OBJECT.USERWITHAUTH:
+    if is_used_by_password(ek_public):
         yield ESYS_TR.PASSWORD
         return
     session = esys.call(
@@ -190,5 +192,15 @@ def _ek_authority(esys: Esys, ek_public: Any) -> Iterator[Handle]:
         lambda e: e.start_auth_session(ESYS_TR.NONE, ESYS_TR.NONE, TPM2_SE.POLICY, None, TPM2_ALG.SHA256),
     )
     with esys.flushing(session):
-        esys.call("PolicySecret", lambda e: e.policy_secret(ESYS_TR.ENDORSEMENT, session, b"", b"", b"", 0))
+        open_by_policy(esys, session)
         yield session
+
+
+def is_used_by_password(ek_public: Any) -> bool:
+    """Whether the (empty) authValue authorises the EK's use, as in the H templates."""
+    return bool(ek_public.publicArea.objectAttributes & TPMA_OBJECT.USERWITHAUTH)
+
+
+def open_by_policy(esys: Esys, session: Handle) -> None:
+    """Has a policy session authorise one use of an EK of the L templates; the TPM forgets it with that."""
+    esys.call("PolicySecret", lambda e: e.policy_secret(ESYS_TR.ENDORSEMENT, session, b"", b"", b"", 0))

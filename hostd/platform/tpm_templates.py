@@ -17,6 +17,8 @@ from hostd.platform.tpm_policy import check_selection
 from tpm2_pytss.constants import ESYS_TR as ESYS_TR
 from tpm2_pytss.constants import TPM2_ALG, TPMA_OBJECT, TPMA_SESSION
 from tpm2_pytss.types import (
+    TPM2B_ENCRYPTED_SECRET,
+    TPM2B_ID_OBJECT,
     TPM2B_PRIVATE,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
@@ -134,6 +136,18 @@ def private_from(data: bytes) -> Any:
         TpmBlobError: it is not one, or has trailing bytes.
     """
     return _unmarshalled(TPM2B_PRIVATE, data, "private area")
+
+
+def credential_from(id_object: bytes, secret: bytes) -> tuple[Any, Any]:
+    """TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET from bytes.
+
+    Raises:
+        TpmBlobError: they are not, or have trailing bytes.
+    """
+    return (
+        _unmarshalled(TPM2B_ID_OBJECT, id_object, "credential"),
+        _unmarshalled(TPM2B_ENCRYPTED_SECRET, secret, "secret of a credential"),
+    )
 
 
 def policy_of(public: Any) -> bytes:

@@ -98,8 +98,8 @@ class Esys:
         self._esapi: Any = None
         self._tcti: Any = None
         self._link: Link | None = None
-        self.generation = 0
-        """Grows with every new context: handles of older ones are dead."""
+        self.generation = 1
+        """Grows with every context that is given up: its handles are dead."""
         self._failure: TpmError | None = None
         self.deadline: float | None = None
         """Of the job at hand, monotonic seconds; no command and no pause outlives it."""
@@ -113,7 +113,6 @@ class Esys:
             self._link = self._connect()
             self._tcti = _Tcti(self._link, self._command_deadline)
             self._esapi = ESAPI(self._tcti)
-            self.generation += 1
             if not self._link.managed:
                 self._flush_leftovers()
         return self._esapi
@@ -132,6 +131,7 @@ class Esys:
         esapi, tcti, link = self._esapi, self._tcti, self._link
         self._esapi = self._tcti = self._link = None
         if esapi is not None:
+            self.generation += 1
             esapi.close()
             tcti.finalize()
         if link is not None:
@@ -190,7 +190,7 @@ class Esys:
         try:
             yield handle
         except BaseException:
-            if generation == self.generation and self._esapi is not None:
+            if generation == self.generation:
                 with contextlib.suppress(TpmError):
                     self.flush(handle)
             raise

@@ -657,6 +657,27 @@ def test_a_check_that_fails_leaves_no_session_behind(
     tpm.close()
 
 
+def test_a_check_that_breaks_the_link_opens_no_other_to_end_its_session(host: Embedded) -> None:
+    """What it had in the TPM went with the link, or goes when the next is opened."""
+    wires: list[OnTheWire] = []
+
+    def connect() -> OnTheWire:
+        wires.append(OnTheWire(host.connect()))
+        return wires[-1]
+
+    tpm = open_tpm(connect, host.record, command_s=20.0)
+    tpm.check_pcrs(BOOT)
+    opened = len(wires)
+    wires[-1].alter = lambda response: response[:-1] + bytes([response[-1] ^ 1])
+    with pytest.raises(TpmUnavailableError):
+        tpm.check_pcrs(BOOT)
+    assert len(wires) == opened
+    assert tpm.check_pcrs(BOOT) == tpm.read_pcrs(BOOT)
+    assert len(wires) == opened + 1
+    tpm.close()
+    assert leftovers(host) == ()
+
+
 def test_checking_goes_on_after_the_tpm_was_reset(own_host: Embedded) -> None:
     tpm = own_host.open()
     tpm.check_pcrs(BOOT)

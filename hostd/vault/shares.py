@@ -62,6 +62,9 @@ class Shares:
     ) -> frozenset[Caller]:
         """Those who flood the gate, while others wait who do not. Nobody is held back for who is `without`:
         his turn is not now."""
+        if len(queues) < 2:
+            self._flooding = frozenset(queues)
+            return frozenset()
         most = max(FLOOD, self.batch // PART)
         self._flooding = frozenset(
             caller for caller, requests in queues.items() if _more_than(most, requests)

@@ -270,8 +270,10 @@ def evidence_verify(o: argparse.Namespace) -> None:
 
     document, log = read_bytes(o.evidence, MAX_LOG_BYTES), read_bytes(o.log, MAX_LOG_BYTES)
     now = datetime.datetime.now(datetime.UTC)
-    verify_evidence(document, log, bundle=read_bundle(o.trust), nonce=_nonce(o.nonce), now=now)
-    show(o, {"verified": True}, "verified")
+    bundle = read_bundle(o.trust)
+    verified = verify_evidence(document, log, bundle=bundle, nonce=_nonce(o.nonce), now=now)
+    key = verified.key_trust
+    show(o, {"verified": True, "attestation_key": key}, f"verified; attestation key {key}")
 
 
 def _nonce(text: str) -> bytes:

@@ -40,7 +40,7 @@ def check_evidence(client: Client, bundle: TrustBundle) -> dict[str, Any]:
     seen = {
         Step.FORMAT: f"{len(document)} bytes, canonical",
         Step.NONCE: nonce.hex()[:16] + "…",
-        Step.KEY: f"one of {len(bundle.aks)} that the bundle pins",
+        Step.KEY: verified.key_trust,
         Step.ENDORSEMENT: "certified" if bundle.ek_roots else "not asked for: the bundle names no makers",
         Step.SIGNATURE: "by that key, over a TPM structure",
         Step.QUALIFYING: "the quote is for this statement and nonce",

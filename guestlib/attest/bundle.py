@@ -3,6 +3,8 @@
     {"format": "hostd-trust/1",
      "require": ["posture", "ima", "files"],      components that must be verified; not empty
      "aks": [base64, …],                          pinned attestation keys, TPM2B_PUBLIC
+     "host_roots": [PEM, …],                      CAs whose host certificates stand for a pinned key
+     "hosts": [name, …],                          of the hosts that these certify; only with host_roots
      "ek_roots": [PEM, …],                        the TPM's endorsement certificate must chain to one
      "channel_ca": PEM,                           the channel CA itself is pinned
      "pcrs": {"7": [hex, …]},                     accepted values of PCRs of the SHA-256 bank
@@ -10,8 +12,9 @@
      "ledger": [key, …]}                          keys that sign checkpoints of the ledger (`notekey`)
 
 All but `format` and `require` may be left out; what is left out is not checked, and what is there must
-hold. A bundle that pins nothing does not parse. One without `aks` cannot verify evidence: an endorsement
-certificate is public, so showing it proves nothing about the key that signs.
+hold. An attestation key is accepted if it is pinned **or** certified. A bundle that names nobody does not
+parse. One without `aks` and `host_roots` cannot verify evidence: an endorsement certificate is public, so
+showing it proves nothing about the key that signs.
 
 Standard library only, so that a client can read a bundle that pins a channel CA without `cryptography`.
 """
@@ -35,9 +38,13 @@ MAX_LIST: Final = 1024
 MAX_PUBLIC_BYTES: Final = 1024
 _DIGEST_BYTES: Final = 32
 _FIELDS: Final = frozenset(
-    {"format", "require", "aks", "ek_roots", "channel_ca", "pcrs", "reference", "ledger"}
+    {
+        *("format", "require", "aks", "host_roots", "hosts", "ek_roots", "channel_ca", "pcrs"),
+        *("reference", "ledger"),
+    }
 )
 _COMPONENT: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,7 @@ class TrustBundle:
     """What is accepted. Certificates are DER here; an empty tuple or None: not checked.
 
     Raises:
-        ValueError: nothing is required, or nothing is pinned.
+        ValueError: nothing is required, nothing is pinned, or hosts are named that nobody certifies.
     """
 
     require: frozenset[str]
@@ -55,12 +62,18 @@ class TrustBundle:
     pcrs: tuple[tuple[int, frozenset[bytes]], ...] = ()
     reference: frozenset[bytes] = frozenset()
     ledger: tuple[str, ...] = ()
+    host_roots: tuple[bytes, ...] = ()
+    hosts: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.require or not all(_COMPONENT.fullmatch(component) for component in self.require):
             raise ValueError("require must name components, at least one")
-        if not self.aks and not self.ek_roots and self.channel_ca is None:
-            raise ValueError("nothing is pinned: no aks, no ek_roots, no channel_ca")
+        if not (self.aks or self.host_roots or self.ek_roots) and self.channel_ca is None:
+            raise ValueError("nothing is pinned: no aks, no host_roots, no ek_roots, no channel_ca")
+        if not all(_HOST.fullmatch(host) for host in self.hosts):
+            raise ValueError("hosts: not a host's name")
+        if self.hosts and not self.host_roots:
+            raise ValueError("hosts without host_roots: nobody certifies their names")
 
 
 def parse_bundle(data: bytes) -> TrustBundle:
@@ -83,6 +96,10 @@ def encode_bundle(bundle: TrustBundle) -> bytes:
     fields: dict[str, Any] = {"format": FORMAT, "require": sorted(bundle.require)}
     if bundle.aks:
         fields["aks"] = [base64.b64encode(ak).decode() for ak in bundle.aks]
+    if bundle.host_roots:
+        fields["host_roots"] = [ssl.DER_cert_to_PEM_cert(root) for root in bundle.host_roots]
+    if bundle.hosts:
+        fields["hosts"] = sorted(bundle.hosts)
     if bundle.ek_roots:
         fields["ek_roots"] = [ssl.DER_cert_to_PEM_cert(root) for root in bundle.ek_roots]
     if bundle.channel_ca is not None:
@@ -118,6 +135,8 @@ def _bundle(fields: Any) -> TrustBundle:
         pcrs=_pcrs(fields["pcrs"]) if "pcrs" in fields else (),
         reference=frozenset(_sha256(text) for text in _strings(fields, "reference")),
         ledger=tuple(str(parse_key(text)) for text in _strings(fields, "ledger")),
+        host_roots=tuple(_certificate(text) for text in _strings(fields, "host_roots")),
+        hosts=frozenset(_strings(fields, "hosts")),
     )
 
 

@@ -9,10 +9,12 @@ hide anything. Parsing verifies nothing: `verifier` does.
      "gate": "open" | "closed", "host": {"name", "version"}, "ima": {"boot_id", "bytes", "entries"} | null,
      "issued": "2026-01-31T12:00:00Z", "ledger": {"root": hex, "size"}, "nonce": hex,
      "pcrs": {index: hex}, "quote": {"attest": base64, "signature": base64}, "reference": hex | null,
-     "tpm": {"ak_public": base64, "ek_certificate": base64 | null, "ek_public": base64}}
+     "tpm": {"ak_public": base64, "ek_certificate": base64 | null, "ek_public": base64,
+             "host_certificate": base64 DER}}
 
 The statement (`statement`) is the same without `pcrs` and `quote`; its digest is in the quote's
-qualifying data (`binding`). `findings` is a number only: a tenant learns nothing of other VMs.
+qualifying data (`binding`). `host_certificate` (`hostcert`) is left out where there is none. `findings` is
+a number only: a tenant learns nothing of other VMs.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ FORMAT: Final = "hostd-evidence/1"
 MAX_EVIDENCE_BYTES: Final = 64 << 10
 MAX_STRUCTURE_BYTES: Final = 1024
 MAX_CERTIFICATE_BYTES: Final = 16 << 10
+MAX_HOST_CERTIFICATE_BYTES: Final = 4 << 10
 MAX_NAME_CHARACTERS: Final = 253
 MAX_CLAIMS: Final = 64
 MAX_COUNT: Final = 2**53 - 1
@@ -62,11 +65,12 @@ class HostIdentity:
 
 @dataclass(frozen=True, slots=True)
 class TpmIdentity:
-    """Public areas are TPM2B_PUBLIC; the certificate is DER."""
+    """Public areas are TPM2B_PUBLIC; certificates are DER: the maker's, and the provider's (`hostcert`)."""
 
     ak_public: bytes
     ek_public: bytes
     ek_certificate: bytes | None
+    host_certificate: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,7 @@ class Statement:
             (0 < len(self.tpm.ak_public) <= MAX_STRUCTURE_BYTES, "tpm.ak_public"),
             (0 < len(self.tpm.ek_public) <= MAX_STRUCTURE_BYTES, "tpm.ek_public"),
             (_is_certificate(self.tpm.ek_certificate), "tpm.ek_certificate"),
+            (_is_certificate(self.tpm.host_certificate, MAX_HOST_CERTIFICATE_BYTES), "tpm.host_certificate"),
             (self.ima is None or _BOOT_ID.fullmatch(self.ima.boot_id) is not None, "ima.boot_id"),
             (self.ima is None or (_is_count(self.ima.bytes) and _is_count(self.ima.entries)), "ima"),
             (_is_certificate(self.channel_ca), "channel_ca"),
@@ -165,8 +170,8 @@ def _is_text(value: str) -> bool:
     return len(value) <= MAX_NAME_CHARACTERS and _TEXT.fullmatch(value) is not None
 
 
-def _is_certificate(value: bytes | None) -> bool:
-    return value is None or 0 < len(value) <= MAX_CERTIFICATE_BYTES
+def _is_certificate(value: bytes | None, limit: int = MAX_CERTIFICATE_BYTES) -> bool:
+    return value is None or 0 < len(value) <= limit
 
 
 def _is_count(value: int) -> bool:
@@ -195,6 +200,13 @@ def _canonical(fields: dict[str, Any]) -> bytes:
 
 def _statement_fields(statement: Statement) -> dict[str, Any]:
     ima, certificate = statement.ima, statement.tpm.ek_certificate
+    tpm = {
+        "ak_public": _base64(statement.tpm.ak_public),
+        "ek_certificate": None if certificate is None else _base64(certificate),
+        "ek_public": _base64(statement.tpm.ek_public),
+    }
+    if statement.tpm.host_certificate is not None:
+        tpm["host_certificate"] = _base64(statement.tpm.host_certificate)
     return {
         "channel_ca": _base64(statement.channel_ca),
         "claims": {component: str(status) for component, status in statement.claims.items()},
@@ -207,11 +219,7 @@ def _statement_fields(statement: Statement) -> dict[str, Any]:
         "ledger": {"root": statement.ledger.root.hex(), "size": statement.ledger.size},
         "nonce": statement.nonce.hex(),
         "reference": None if statement.reference is None else statement.reference.hex(),
-        "tpm": {
-            "ak_public": _base64(statement.tpm.ak_public),
-            "ek_certificate": None if certificate is None else _base64(certificate),
-            "ek_public": _base64(statement.tpm.ek_public),
-        },
+        "tpm": tpm,
     }
 
 
@@ -258,6 +266,7 @@ def _evidence(fields: dict[str, Any]) -> Evidence:
             _unbase64(tpm["ak_public"]),
             _unbase64(tpm["ek_public"]),
             None if certificate is None else _unbase64(certificate),
+            _unbase64(tpm["host_certificate"]) if "host_certificate" in tpm else None,
         ),
         ima=None if ima is None else _ima(_object(ima)),
         channel_ca=_unbase64(fields["channel_ca"]),

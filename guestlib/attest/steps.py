@@ -14,7 +14,8 @@ class Step(enum.StrEnum):
     NONCE = "2 nonce"
     """The evidence answers the challenge of this verifier."""
     KEY = "3 attestation key"
-    """The key that signs is pinned by the trust bundle and is a key that only a TPM can use."""
+    """The key that signs is pinned by the trust bundle, or certified by a CA that it names for this host's
+    TPM, and is a key that only a TPM can use."""
     ENDORSEMENT = "4 endorsement"
     """The TPM's endorsement key is certified by a maker that the bundle names."""
     SIGNATURE = "5 quote signature"

@@ -4,7 +4,8 @@
 
  1. format: the document is in its one canonical form; so is everything inside it.
  2. nonce: it answers this verifier's challenge.
- 3. attestation key: it is one of the bundle's, and has the attributes of a key that only a TPM uses.
+ 3. attestation key: it is one of the bundle's, or a host certificate by one of the bundle's CAs is for it
+    and for the EK that the quote says it is under; and it has the attributes of a key that only a TPM uses.
  4. endorsement: if the bundle names roots, the EK's certificate chains to one and is the EK's, and
     the attestation key says of itself that it is that EK's child.
  5. quote signature: a TPM structure, signed by that key with its own scheme.
@@ -37,6 +38,7 @@ from guestlib.attest.bundle import TrustBundle
 from guestlib.attest.certs import UNREADABLE, load_certificate
 from guestlib.attest.ekcert import verify_ek_certificate
 from guestlib.attest.evidence import Evidence, Statement, Status, encode_statement, parse_evidence
+from guestlib.attest.hostcert import HostCertificate, verify_host_certificate
 from guestlib.attest.quote import VerifiedQuote, attestation_key, verify_quote
 from guestlib.attest.steps import Step
 from guestlib.attest.tpm2 import RH_ENDORSEMENT, parse_public, qualified_name
@@ -61,6 +63,18 @@ class VerifiedEvidence:
     """SHA-256 of the document."""
     channel_ca_key: bytes
     """SHA-256 of the channel CA's SubjectPublicKeyInfo."""
+    certificate: HostCertificate | None
+    """What vouches for the attestation key; None: the bundle pins it, and no certificate was looked at."""
+
+    @property
+    def key_trust(self) -> str:
+        """What step 3 rests on, for people."""
+        if self.certificate is None:
+            return "pinned by the bundle"
+        return (
+            f"certified for {self.certificate.host} by {self.certificate.issuer} until "
+            f"{self.certificate.not_after:%Y-%m-%d}"
+        )
 
 
 def verify_evidence(
@@ -87,7 +101,8 @@ def verify_evidence(
     statement = parsed.statement
     if not hmac.compare_digest(statement.nonce, nonce):
         raise VerificationError(Step.NONCE, "the evidence answers another challenge")
-    quote = _verify_quote(parsed, bundle, nonce, now)
+    certificate = _verify_key(statement, bundle, now)
+    quote = _verify_quote(parsed, bundle, nonce, now, certified=certificate is not None)
     _verify_pcrs(quote, bundle)
     entries = _verify_ima(quote, statement, ima_log, bundle)
     if not -MAX_SKEW <= now - statement.issued <= MAX_AGE:
@@ -97,19 +112,38 @@ def verify_evidence(
         raise VerificationError(Step.REFERENCE, f"the reference values in force are {seen}: not accepted")
     _verify_claims(statement, bundle)
     key = _verify_channel_ca(statement, bundle, now)
-    return VerifiedEvidence(statement, quote, entries, hashlib.sha256(evidence).digest(), key)
+    return VerifiedEvidence(statement, quote, entries, hashlib.sha256(evidence).digest(), key, certificate)
+
+
+def _verify_key(statement: Statement, bundle: TrustBundle, now: datetime.datetime) -> HostCertificate | None:
+    """Whose key it is: None if the bundle pins it, else the certificate that says so."""
+    if not bundle.aks and not bundle.host_roots:
+        raise VerificationError(
+            Step.KEY,
+            "the trust bundle pins no attestation key (aks) and names no CA for host certificates "
+            "(host_roots): nothing says whose quote this is",
+        )
+    if statement.tpm.ak_public in bundle.aks:
+        return None
+    if not bundle.host_roots:
+        raise VerificationError(Step.KEY, "the attestation key is not one that the trust bundle pins")
+    if statement.tpm.host_certificate is None:
+        pinned = "is not pinned" if bundle.aks else "would have to be certified"
+        raise VerificationError(Step.KEY, f"the attestation key {pinned}, and the host shows no certificate")
+    return verify_host_certificate(
+        statement.tpm.host_certificate,
+        ak_public=statement.tpm.ak_public,
+        ek_public=statement.tpm.ek_public,
+        roots=bundle.host_roots,
+        hosts=bundle.hosts,
+        now=now,
+    )
 
 
 def _verify_quote(
-    evidence: Evidence, bundle: TrustBundle, nonce: bytes, now: datetime.datetime
+    evidence: Evidence, bundle: TrustBundle, nonce: bytes, now: datetime.datetime, *, certified: bool
 ) -> VerifiedQuote:
     statement = evidence.statement
-    if not bundle.aks:
-        raise VerificationError(
-            Step.KEY, "the trust bundle pins no attestation key (aks): nothing says whose quote this is"
-        )
-    if statement.tpm.ak_public not in bundle.aks:
-        raise VerificationError(Step.KEY, "the attestation key is not one that the trust bundle pins")
     try:
         public = parse_public(statement.tpm.ak_public)
         ek_name = parse_public(statement.tpm.ek_public).name
@@ -121,8 +155,9 @@ def _verify_quote(
     qualifying = evidence_qualifying(nonce, encode_statement(statement))
     quote = verify_quote(ak, evidence.quote.attest, evidence.quote.signature, qualifying, evidence.pcrs)
     child = qualified_name(qualified_name(RH_ENDORSEMENT, ek_name), public.name)
-    if bundle.ek_roots and quote.attest.qualified_signer != child:
-        raise VerificationError(Step.ENDORSEMENT, "the attestation key is not a child of this EK")
+    if (bundle.ek_roots or certified) and quote.attest.qualified_signer != child:
+        step = Step.KEY if certified else Step.ENDORSEMENT
+        raise VerificationError(step, "the attestation key is not a child of this EK")
     return quote
 
 

@@ -1,26 +1,30 @@
 """`python -m tests.bench`: measures the readings (`tests.bench.measuring`), then a whole hostd with one QEMU.
 
 Every figure says how it was taken. T, the time of one complete request-scoped pass of readings, is
-taken in the same run, because a gated request cannot be answered faster. `--only measuring` and
-`--only ledger` leave out the rest, and so does `--only gate`.
+taken in the same run, because a gated request cannot be answered faster. `--only` with `measuring`,
+`ledger`, `gate` or `tpm` leaves out the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import ssl
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from guestlib.attest.bundle import parse_bundle
-from tests.bench import flood, gate, lab, ledger, measuring, receipts
+from tests.bench import chips, flood, gate, lab, ledger, measuring, receipts, starting, tpm
 from tests.bench.report import Report, median
 from tests.e2e.harness import Host, Settings, adopted, directory, machine, until
 from tests.support.qemu import copy_of_qemu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def memory(report: Report, host: Host) -> None:
@@ -61,30 +65,14 @@ def imports(report: Report) -> None:
     )
 
 
-def start(report: Report, host: Host, rounds: int) -> None:
-    """Stops and starts `hostd run` again and again."""
-    opened, answered = [], []
-    for _ in range(rounds):
-        host.stop()
-        began = time.perf_counter()
-        host.start()
-        host.wait_open()
-        opened.append((time.perf_counter() - began) * 1e3)
-        host.serves(host.client())
-        answered.append((time.perf_counter() - began) * 1e3)
-    note = "from `hostd run` (state there, root key sealed, swtpm started too), polled every 20 ms, median"
-    report.add("start.open_ms", statistics.median(opened), "ms", samples=rounds, note=f"{note}: gate open")
-    report.add(
-        "start.ms", statistics.median(answered), "ms", samples=rounds, note=f"{note}: first answered request"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="length of each load (default: %(default)s)"
     )
-    parser.add_argument("--only", choices=["measuring", "ledger", "gate"], help="leave out everything else")
+    parser.add_argument(
+        "--only", choices=["measuring", "ledger", "gate", "tpm"], help="leave out everything else"
+    )
     arguments = parser.parse_args()
     if os.geteuid() != 0:
         sys.exit("error: needs root: it reads the memory of a QEMU")
@@ -96,15 +84,21 @@ def main() -> None:
         ledger.ledger(report)
     if arguments.only in (None, "gate"):
         serving(report, arguments.seconds, alone=arguments.only is not None)
+    if arguments.only in (None, "tpm"):
+        tpm.measure(report)
+        with hosted() as (host, _):
+            key = host.client().create_key().key.id
+            starting.measure(report, host)
+            chips.measure(report, host, key, min(arguments.seconds, 3.0))
     if arguments.only is None:
         imports(report)
         lab.kernel(report)
     report.write()
 
 
-def serving(report: Report, seconds: float, *, alone: bool) -> None:
-    """A whole hostd with one QEMU; `alone`: the gate and nothing besides."""
-    receipts.measure(report)
+@contextlib.contextmanager
+def hosted() -> Iterator[tuple[Host, Path]]:
+    """A whole hostd with one QEMU and an open gate, ready for `gate.run`; and its binary of QEMU."""
     with directory() as place:
         binary = copy_of_qemu(place)
         with machine(binary), adopted(binary, Settings()) as host:
@@ -113,13 +107,19 @@ def serving(report: Report, seconds: float, *, alone: bool) -> None:
             (host.directory / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(bundle.channel_ca))
             client = host.client()
             until(lambda: client.health().gate == "open", "the gate is open")
-            if not alone:
-                measuring.idle(report, host)
-            key = client.create_key().key.id
-            gate.measure(report, host, key, seconds, place)
-            if not alone:
-                memory(report, host)
-                start(report, host, 3)
+            yield host, binary
+
+
+def serving(report: Report, seconds: float, *, alone: bool) -> None:
+    """A whole hostd with one QEMU; `alone`: the gate and nothing besides."""
+    receipts.measure(report)
+    with hosted() as (host, binary):
+        if not alone:
+            measuring.idle(report, host)
+        key = host.client().create_key().key.id
+        gate.measure(report, host, key, seconds, binary.parent)
+        if not alone:
+            memory(report, host)
         flood.fairness(report, binary)
 
 

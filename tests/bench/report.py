@@ -25,6 +25,8 @@ TARGETS: dict[str, dict[str, float]] = {
     "measure.rss_mb": {"at_most": 60},
     "ledger.verify_entries_per_s": {"at_least": 100_000},
     "ledger.open_s": {"at_most": 2},
+    "evidence.verify_ms": {"at_most": 5},
+    "start.to_ready_ms": {"at_most": 1500},
 }
 PATH = Path("build/bench.json")
 NOISE = "shared machine: compare runs, not single figures"

@@ -87,7 +87,7 @@ class TpmLink:
                 result = job.result()
             except TpmError as error:
                 self._counters.count("hostd_tpm_errors_total", kind=type(error).__name__)
-                result = error
+                result = error.with_traceback(None)  # else a cycle, with `told` and what hangs on it
             told(result)
 
         try:

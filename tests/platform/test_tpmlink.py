@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -137,6 +139,35 @@ def test_an_earlier_quote_is_not_taken(bench: Bench) -> None:
     assert isinstance(bench.quote(b"two" * 10), TpmError)
     # The very same question has the very same answer: freshness is the asker's, by what it asks for.
     assert isinstance(bench.quote(b"one" * 10), Quoted)
+
+
+def test_whoever_is_told_of_a_failure_is_not_kept(bench: Bench) -> None:
+    """A batch hangs on it, with what was decrypted for its requests."""
+
+    class Batch(list[Quoted | TpmError]):
+        pass
+
+    def fails() -> weakref.ref[Batch]:
+        batch = Batch()
+        bench.link.quote(b"q" * 32, lambda result: batch.append(result))
+        end = time.monotonic() + 30
+        while not batch:
+            assert time.monotonic() < end
+            bench.loop.run_once(0.1)
+        assert isinstance(batch[0], TpmError)
+        return weakref.ref(batch)
+
+    gc.disable()
+    try:
+        bench.wire.alter = flip(ATTEST_AT)
+        gone = fails()
+        bench.wire.alter = lambda response: response
+        end = time.monotonic() + 30
+        while gone() is not None:  # the worker's threads keep the latest
+            assert time.monotonic() < end
+            assert isinstance(bench.quote(b"q" * 32), Quoted)
+    finally:
+        gc.enable()
 
 
 def test_a_quote_without_a_signature_is_not_taken(bench: Bench) -> None:

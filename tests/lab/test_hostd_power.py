@@ -35,7 +35,7 @@ def _unsealed(running: Running) -> str:
             return ""
         if "unseal" in status["reason"]:
             return str(status["reason"])
-        assert time.monotonic() < deadline, status
+        assert time.monotonic() < deadline, (status, running.service.ctl("drift", "list", check=False).text)
 
 
 def _assert_as_before(running: Running) -> None:

@@ -414,6 +414,25 @@ def test_what_ends_one_batch_ends_the_other_only_if_it_rests_on_it(bench: Bench)
     assert bench.outcomes() == {"a": "answer", "b": "refuse"}
 
 
+def test_what_comes_of_one_batch_may_end_the_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reaction to drift sends the measurer something, and it turns out to be lost."""
+    assert bench.measuring.appraiser is not None
+    bench.under_way()
+    bench.measuring.appraiser.ima.replays_to.clear()
+
+    def found(component: Component, findings: tuple[Finding, ...]) -> None:
+        bench.on_found(component, findings)
+        bench.gate.lose_measurer()
+        bench.batches.abandon("the measurer was lost")
+
+    monkeypatch.setattr(bench.batches, "_found", found)
+    bench.second_look()
+    assert bench.outcomes() == {"a": "refuse", "b": "refuse"}
+    assert list(bench.found) == [IMA]
+    assert not bench.batches.busy
+    assert bench.ledger.withheld == [(1, 1), (3, 3)]
+
+
 def test_of_two_batches_the_later_may_be_withheld_first(bench: Bench) -> None:
     bench.under_way()
     bench.read(PROCESS_B, status=Status.DRIFTED)

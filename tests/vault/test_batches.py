@@ -422,7 +422,6 @@ def test_what_comes_of_one_batch_may_end_the_other(bench: Bench, monkeypatch: py
 
     def found(component: Component, findings: tuple[Finding, ...]) -> None:
         bench.on_found(component, findings)
-        bench.gate.lose_measurer()
         bench.batches.abandon("the measurer was lost")
 
     monkeypatch.setattr(bench.batches, "_found", found)

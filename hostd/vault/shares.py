@@ -11,11 +11,11 @@ that at most, and goes as soon as they are executed.
 
 from __future__ import annotations
 
-from itertools import accumulate
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from hostd.core.callers import Caller
     from hostd.vault.waiting import Waiting
@@ -28,6 +28,7 @@ FLOOD: Final = 16
 """Units that anybody may have waiting, however small the batch."""
 HOLD_NS: Final = 25_000_000
 """Twice the readings of a request, on two busy cores."""
+_COST: Final = attrgetter("cost")
 
 
 class Shares:
@@ -58,7 +59,7 @@ class Shares:
         return max(1, self.batch // max(waiting, 1 if alone else PART))
 
     def held(
-        self, now: int, queues: Mapping[Caller, Iterable[Waiting]], without: Collection[Caller]
+        self, now: int, queues: Mapping[Caller, Sequence[Waiting]], without: Collection[Caller]
     ) -> frozenset[Caller]:
         """Those who flood the gate, while others wait who do not. Nobody is held back for who is `without`:
         his turn is not now."""
@@ -67,7 +68,9 @@ class Shares:
             return frozenset()
         most = max(FLOOD, self.batch // PART)
         self._flooding = frozenset(
-            caller for caller, requests in queues.items() if _more_than(most, requests)
+            caller
+            for caller, requests in queues.items()
+            if len(requests) > most or sum(map(_COST, requests)) > most
         )
         if not self._flooding or all(c in self._flooding or c in without for c in queues):
             return frozenset()
@@ -79,8 +82,3 @@ class Shares:
         """These are in the batch that was taken."""
         if callers & self._flooding:
             self._held_since = None
-
-
-def _more_than(most: int, requests: Iterable[Waiting]) -> bool:
-    """Whether they come to more units than that; so many of them are looked at, at most."""
-    return any(units > most for units in accumulate(request.cost for request in requests))

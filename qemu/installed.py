@@ -19,14 +19,15 @@ from qemu.image import ensure_image
 from qemu.install import REPO, install_guests, install_hostd
 from qemu.machine import Settings
 from qemu.process import step
-from qemu.wheels import SOURCES, ensure_dependencies
+from qemu.wheels import LEAN_PYTSS, SOURCES, ensure_dependencies
 
 KIND: Final = "installed"
 DISK: Final = "disk.qcow2"
 KEPT: Final = 2  # older ones than these are removed
 IN_USE: Final = 6 * 3600  # seconds after its last use during which a disk is not removed
-RECIPE: Final = tuple(
-    Path(__file__).with_name(name) for name in ("install.py", "installed.py", "initramfs.py", "wheels.py")
+RECIPE: Final = (
+    *map(Path(__file__).with_name, ("install.py", "installed.py", "initramfs.py", "wheels.py")),
+    LEAN_PYTSS,
 )
 
 

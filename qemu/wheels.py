@@ -1,8 +1,8 @@
 """Builds hostd for L1 on the build machine: pip under emulation would take minutes.
 
 Three steps, the first two cached by ``pyproject.toml``: a wheelhouse with every dependency (two are
-compiled, against the build machine's libtss2 and libvirt); ``/opt/hostd`` with the dependencies, a
-virtual environment that works at that path in L1; and the project itself, built on every call.
+compiled, against the build machine's libvirt and libtss2, without its FAPI); ``/opt/hostd`` with the
+dependencies, a virtual environment that works at that path in L1; and the project, built on every call.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ PREFIX: Final = "/opt/hostd"  # where the virtual environment lives in L1
 PYTHON_OF_L1: Final = (3, 11)
 SITE_PACKAGES: Final = "lib/python3.11/site-packages"
 PIP_LIMIT: Final = 1800  # seconds
+_PIP_ENV: Final = {"PIP_ROOT_USER_ACTION": "ignore"}
 VENV_CONFIG: Final = "home = /usr/bin\ninclude-system-site-packages = false\nversion = 3.11\n"
 GUEST_NEEDS: Final = ("cryptography", "cffi", "pycparser")  # beside guestlib, in a guest's initramfs
+LEAN_PYTSS: Final = Path(__file__).resolve().parent.parent / "tools" / "lean_pytss.py"
 SOURCES: Final = ("pyproject.toml", "README.md", "LICENSE", "hostd", "guestlib")
 
 
@@ -62,8 +64,13 @@ def _wheelhouse(repo: Path) -> Path:
 
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch, step("building the wheels of the dependencies"):
-            source = _copy(repo, Path(scratch))
-            _pip("wheel", "--wheel-dir", folder, f"{source}[host]")
+            source = _copy(repo, Path(scratch, "source"))
+            run_tool([_python(), LEAN_PYTSS, Path(scratch, "lean")], timeout=PIP_LIMIT, env=_PIP_ENV)
+            (lean,) = Path(scratch, "lean").glob("*.whl")
+            # This very wheel, whatever pip finds or built before.
+            only = Path(scratch, "constraints.txt")
+            only.write_text(f"tpm2-pytss @ {lean.as_uri()}\n")
+            _pip("wheel", "--constraint", only, "--wheel-dir", folder, f"{source}[host]")
         for own in folder.glob("hostd-*.whl"):
             own.unlink()
 
@@ -89,7 +96,7 @@ def ensure_dependencies(repo: Path) -> Path:
 
 
 def _key(repo: Path) -> str:
-    return key_of([str(PYTHON_OF_L1)], [repo / "pyproject.toml", Path(__file__)])
+    return key_of([str(PYTHON_OF_L1)], [repo / "pyproject.toml", Path(__file__), LEAN_PYTSS])
 
 
 def _project_wheel(repo: Path, work: Path) -> Path:
@@ -133,7 +140,7 @@ def _compile(folder: Path, invalidation: str, shown_as: str = "") -> None:
 
 def _pip(verb: str, *words: str | Path) -> None:
     options = ("--quiet", "--disable-pip-version-check", "--no-input")
-    env = {"PIP_ROOT_USER_ACTION": "ignore", "PIP_CACHE_DIR": str(cache_root() / "pip")}
+    env = {**_PIP_ENV, "PIP_CACHE_DIR": str(cache_root() / "pip")}
     run_tool([_python(), "-m", "pip", verb, *options, *words], timeout=PIP_LIMIT, env=env)
 
 

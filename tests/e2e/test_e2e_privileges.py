@@ -21,6 +21,8 @@ pytestmark = pytest.mark.slow
 UIDS = {"vault": 64001, "gateway": 64002, "metrics": 64003, "measurer": 0}
 STRANGER = 64099
 ANSWERED, CLOSED, REFUSED = "open", "closed", "refused"
+NETWORKED = ("libcurl", "libldap", "libkrb5", "libtss2-fapi")
+"""What comes into the process with a tpm2-pytss that was built with FAPI (tools/lean_pytss.py)."""
 _PROBE = """
 import os, socket, sys
 path, uid = sys.argv[1], int(sys.argv[2])
@@ -74,6 +76,13 @@ def test_roles_run_as_their_users(shared: Host) -> None:
         assert f"Uid:\t{UIDS['gateway']}\t" in status
         assert "NoNewPrivs:\t1" in status
         assert "Seccomp:\t2" in status
+
+
+def test_the_vault_has_no_library_that_speaks_to_networks(shared: Host) -> None:
+    maps = Path(f"/proc/{shared.pid('vault')}/maps").read_text()
+    mapped = {line.rpartition("/")[2] for line in maps.splitlines()}
+    assert any(name.startswith("libtss2-esys") for name in mapped)
+    assert [name for name in mapped if name.startswith(NETWORKED)] == []
 
 
 @pytest.mark.parametrize("name", ["measurer.sock", "broker.sock", "metrics.sock", "swtpm.sock", "admin.sock"])

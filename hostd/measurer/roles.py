@@ -4,8 +4,9 @@ Under systemd a process belongs to a unit if the kernel has it in the unit's con
 it there. So the roles are those groups beside the measurer's own, with every process in them. Under
 `hostd run` they are the supervisor's descendants that run our own interpreter; that is for development.
 
-A process that runs another program than our interpreter is a stranger: systemd's own child is one
-before it executes the role, so a stranger is reported only after `GRACE_S`.
+A process that runs another program than our interpreter is a stranger, and reported after `GRACE_S`. Before it
+executes the role systemd's own child is one too; a process that still runs what process 1 runs (since systemd
+254 its `systemd-executor`) is reported when its unit should long have started, or have failed.
 
 Needs CAP_SYS_PTRACE (exe of other users' processes).
 """
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 ROLES: Final = ("measurer", "vault", "gateway", "metrics")
 GRACE_S: Final = 3.0
+START_S: Final = 90.0
+"""systemd's own limit for a unit to start (DefaultTimeoutStartSec)."""
 MAX_PROCESSES: Final = 2048
 """512 workers, the roles, their children, and room."""
 MAX_LIST_BYTES: Final = 64 << 10
@@ -60,8 +63,12 @@ class Own:
 class OwnProcesses:
     """Keeps handles of hostd's processes between readings."""
 
-    def __init__(self, clock: Callable[[], float], *, cgroups: Path = CGROUPS) -> None:
+    def __init__(
+        self, clock: Callable[[], float], *, cgroups: Path = CGROUPS, starters: frozenset[str] | None = None
+    ) -> None:
+        """`starters`: programs that a role's process may run before it is one; systemd's by default."""
         self._clock = clock
+        self._starters = _starters() if starters is None else starters
         self._executable = _plain(os.readlink("/proc/self/exe"))
         self._groups = _groups(Path("/proc/self/cgroup").read_bytes(), cgroups)
         self._found: dict[int, Own] = {}
@@ -85,9 +92,12 @@ class OwnProcesses:
         self._found = found
         order = sorted(found.values(), key=lambda own: (ROLES.index(own.role), own.key))
         ours = [own for own in order if _plain(own.executable) == self._executable]
-        late = self._clock() - GRACE_S
-        strangers = [own for own in order if _plain(own.executable) != self._executable and own.since <= late]
+        now = self._clock()
+        strangers = [own for own in order if own not in ours and now - own.since >= self._grace(own)]
         return ours, strangers
+
+    def _grace(self, own: Own) -> float:
+        return START_S if _plain(own.executable) in self._starters else GRACE_S
 
     def _known(self, role: str, pid: int) -> Own | None:
         known = self._found.get(pid)
@@ -180,6 +190,15 @@ def _arguments(pid: int) -> list[str]:
     finally:
         handle.close()
     return line.decode("utf-8", "backslashreplace").rstrip("\0").split("\0")
+
+
+def _starters(first: Path = Path("/proc/1/exe")) -> frozenset[str]:
+    """What systemd's children run before they execute a unit's command: `first`, or what is beside it."""
+    try:
+        manager = Path(_plain(os.readlink(first)))
+    except OSError:
+        return frozenset()
+    return frozenset({str(manager), str(manager.with_name("systemd-executor"))})
 
 
 def _plain(path: str) -> str:

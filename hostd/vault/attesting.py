@@ -99,8 +99,10 @@ class Attesting:
         if self._now() - self._since >= OVERDUE * self._every_s:
 
             def quoted(result: Quoted | TpmError) -> None:
-                if isinstance(result, Quoted):
+                if isinstance(result, Quoted) and self._ledger.durable >= signing.size:
+                    # Noted here: the batch may have been abandoned meanwhile, and others wait for this quote.
                     self._covered(signing)
+                    self._note(signing, result)
                 told(result)
 
             self._tpm.quote(signing.qualifying, quoted)

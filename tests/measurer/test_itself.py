@@ -24,7 +24,7 @@ from hostd.measurer.itself import LOOK_S, SelfProbe
 from hostd.measurer.lane import Lane
 from hostd.measurer.own_files import OwnFiles
 from hostd.measurer.process import ProcessProbe
-from hostd.measurer.roles import GRACE_S, ROLES, OwnProcesses, _groups
+from hostd.measurer.roles import GRACE_S, ROLES, START_S, OwnProcesses, _groups, _starters
 from hostd.measurer.tags import Tagger
 from hostd.platform.pages import OwnPages
 
@@ -212,6 +212,26 @@ def test_a_stranger_is_named_after_its_grace(
     assert bench.read().roles[1] == ("vault", 0)
     bench.put("vault")
     assert bench.read().strangers == ()
+
+
+def test_systemds_own_child_has_until_its_unit_should_have_started(
+    bench: Bench, child: Callable[..., subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = child("/bin/sleep", "600")
+    monkeypatch.setattr(bench.own, "_starters", frozenset({os.path.realpath("/bin/sleep")}))
+    bench.put("vault", sleep.pid)
+    for seconds in (0.0, GRACE_S, START_S - GRACE_S - 0.1):
+        bench.now += seconds
+        assert bench.read().strangers == ()
+    bench.now += 0.2
+    assert len(bench.read().strangers) == 1
+
+
+def test_what_process_1_runs_starts_units(tmp_path: Path) -> None:
+    first = tmp_path / "exe"
+    first.symlink_to("/usr/lib/systemd/systemd (deleted)")
+    assert _starters(first) == {"/usr/lib/systemd/systemd", "/usr/lib/systemd/systemd-executor"}
+    assert _starters(tmp_path / "hidden") == frozenset()
 
 
 def test_a_role_that_executes_another_program_becomes_a_stranger(

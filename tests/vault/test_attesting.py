@@ -209,16 +209,40 @@ def test_a_quote_that_was_overtaken_takes_no_head_back(reading: Bench) -> None:
     reading.wait(EVERY_S)
     reading.batch()
     assert reading.answer() == "quote"
-    assert reading.told[-1] == "Quoted"  # its head is noted with the batch
+    assert reading.told[-1] == "Quoted"
+    assert reading.noted == [2]
     reading.tpm.asked.append(late)
     assert reading.answer(CHANGED) == "quote"
-    assert reading.noted == []
+    assert reading.noted == [2]
     assert reading.found == [BOOT], "what it says of the PCRs counts"
     reading.batch()
     assert reading.answer() == "check"
     reading.wait(EVERY_S)
     reading.answer()
-    assert reading.noted == [3]
+    assert reading.noted == [2, 3]
+
+
+def test_a_quote_counts_though_its_batch_was_abandoned(reading: Bench) -> None:
+    """Overdue: the batch is signed itself, and with it all before it."""
+    reading.batch()
+    reading.answer()
+    reading.wait(OVERDUE * EVERY_S)
+    del reading.tpm.asked[:]  # the quote that should have followed hangs
+    signing = reading.batch()
+    assert reading.answer() == "quote"
+    assert reading.noted == [signing.size], "whoever asked for the batch has nothing to note any more"
+    reading.wait(EVERY_S)
+    assert reading.tpm.asked == []
+
+
+def test_an_overdue_quote_of_what_was_cut_off_again_is_no_head(reading: Bench) -> None:
+    reading.batch()
+    reading.answer()
+    reading.wait(OVERDUE * EVERY_S)
+    del reading.tpm.asked[:]
+    reading.batch(unwritten=1)
+    assert reading.answer() == "quote"
+    assert reading.noted == []
 
 
 def test_entries_that_were_cut_off_again_are_not_signed(reading: Bench) -> None:

@@ -4,9 +4,9 @@ Under systemd a process belongs to a unit if the kernel has it in the unit's con
 it there. So the roles are those groups beside the measurer's own, with every process in them. Under
 `hostd run` they are the supervisor's descendants that run our own interpreter; that is for development.
 
-A process that runs another program than our interpreter is a stranger, and reported after `GRACE_S`. Before it
-executes the role systemd's own child is one too; a process that still runs what process 1 runs (since systemd
-254 its `systemd-executor`) is reported when its unit should long have started, or have failed.
+A process that runs another program than our interpreter is a stranger, and reported after `GRACE_S`. Before
+it executes the role systemd's own child is one too; a process that still runs what process 1 runs (since
+systemd 254 its `systemd-executor`) is reported when its unit should long have started, or have failed.
 
 Needs CAP_SYS_PTRACE (exe of other users' processes).
 """

@@ -35,11 +35,11 @@ $(BUILD)/.packages $(BUILD)/.peer: Makefile
 	else echo "== system packages: all there"; fi
 	@touch $@
 
-$(BUILD)/.venv: pyproject.toml tools/lean_pytss.py $(BUILD)/.packages
+$(BUILD)/.venv: pyproject.toml qemu/lean_pytss.py $(BUILD)/.packages
 	@echo "== virtual environment in $(VENV) (compiles two libraries the first time, about a minute)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --upgrade pip
-	@$(BIN)/python tools/lean_pytss.py --install
+	@$(BIN)/python -P qemu/lean_pytss.py --install
 	@$(BIN)/python -m pip install -q -e '.[host,dev]'
 	@touch $@
 

@@ -26,7 +26,7 @@ PIP_LIMIT: Final = 1800  # seconds
 _PIP_ENV: Final = {"PIP_ROOT_USER_ACTION": "ignore"}
 VENV_CONFIG: Final = "home = /usr/bin\ninclude-system-site-packages = false\nversion = 3.11\n"
 GUEST_NEEDS: Final = ("cryptography", "cffi", "pycparser")  # beside guestlib, in a guest's initramfs
-LEAN_PYTSS: Final = Path(__file__).resolve().parent.parent / "tools" / "lean_pytss.py"
+LEAN_PYTSS: Final = Path(__file__).with_name("lean_pytss.py")
 SOURCES: Final = ("pyproject.toml", "README.md", "LICENSE", "hostd", "guestlib")
 
 
@@ -65,7 +65,7 @@ def _wheelhouse(repo: Path) -> Path:
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch, step("building the wheels of the dependencies"):
             source = _copy(repo, Path(scratch, "source"))
-            run_tool([_python(), LEAN_PYTSS, Path(scratch, "lean")], timeout=PIP_LIMIT, env=_PIP_ENV)
+            run_tool([_python(), "-P", LEAN_PYTSS, Path(scratch, "lean")], timeout=PIP_LIMIT, env=_PIP_ENV)
             (lean,) = Path(scratch, "lean").glob("*.whl")
             # This very wheel, whatever pip finds or built before.
             only = Path(scratch, "constraints.txt")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tpm2_pytss
 
-from tools import lean_pytss
+from qemu import lean_pytss
 
 
 def known(part: str, env: dict[str, str]) -> bool:
@@ -52,7 +52,7 @@ def test_what_is_installed_is_lean() -> None:
     extensions = list(Path(tpm2_pytss.__file__).parent.glob("_libtpm2_pytss*.so"))
     assert extensions
     for extension in extensions:
-        assert lean_pytss.is_lean(extension.read_bytes()), "run tools/lean_pytss.py --install"
+        assert lean_pytss.is_lean(extension.read_bytes()), "run qemu/lean_pytss.py --install"
     assert lean_pytss.installed()
 
 

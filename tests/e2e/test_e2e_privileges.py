@@ -22,7 +22,7 @@ UIDS = {"vault": 64001, "gateway": 64002, "metrics": 64003, "measurer": 0}
 STRANGER = 64099
 ANSWERED, CLOSED, REFUSED = "open", "closed", "refused"
 NETWORKED = ("libcurl", "libldap", "libkrb5", "libtss2-fapi")
-"""What comes into the process with a tpm2-pytss that was built with FAPI (tools/lean_pytss.py)."""
+"""What comes into the process with a tpm2-pytss that was built with FAPI (qemu/lean_pytss.py)."""
 _PROBE = """
 import os, socket, sys
 path, uid = sys.argv[1], int(sys.argv[2])

@@ -33,7 +33,7 @@ IO_MODULES = {
 OWNERS = {
     "click": ("hostd/admin/*",),
     "cryptography": (
-        *("guestlib/attest/*", "guestlib/filestream.py"),
+        *("guestlib/attest/*", "guestlib/filestream.py", "hostd/admin/hostca.py"),
         *("hostd/vault/primitives.py", "hostd/vault/channelca.py"),
         *("hostd/vault/evidence.py", "hostd/measurer/tags.py"),
         *("hostd/platform/tpm*.py", "hostd/platform/swtpm.py"),

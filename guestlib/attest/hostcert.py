@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import hmac
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -59,6 +58,33 @@ class HostCertificate:
     not_before: datetime.datetime
     not_after: datetime.datetime
     loaded: Certificate
+
+    def check_valid(self, now: datetime.datetime) -> None:
+        """Checks the period of validity, ends included.
+
+        Raises:
+            VerificationError: it is not valid at `now`.
+        """
+        _check_valid(self.loaded, "the host certificate", now)
+
+    def check_keys(self, ak_public: bytes, ek_public: bytes) -> None:
+        """Checks that it is for these keys, TPM2B_PUBLIC.
+
+        Raises:
+            VerificationError: it is not.
+        """
+        try:
+            public = parse_public(ak_public)
+            key = crypto_key(public)
+        except MalformedError as error:
+            raise VerificationError(Step.KEY, error.message) from error
+        spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        if self.loaded.spki != spki or self.ak_name != public.name:
+            raise VerificationError(
+                Step.KEY, "the host certificate is of another key than the attestation key"
+            )
+        if self.ek_digest != ek_digest(ek_public):
+            raise VerificationError(Step.KEY, "the host certificate names another endorsement key")
 
 
 def ek_digest(ek_public: bytes) -> bytes:
@@ -123,27 +149,6 @@ def _check_use(extensions: x509.Extensions) -> None:
         raise ValueError(f"critical extension {strange[0]} is not known")
 
 
-def check_host_certificate(
-    certificate: HostCertificate, *, ak_public: bytes, ek_public: bytes, now: datetime.datetime
-) -> None:
-    """Checks that a certificate is for these keys (TPM2B_PUBLIC) and valid now. Who issued it is not checked.
-
-    Raises:
-        VerificationError: it is not.
-    """
-    try:
-        public = parse_public(ak_public)
-        key = crypto_key(public)
-    except MalformedError as error:
-        raise VerificationError(Step.KEY, error.message) from error
-    spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    if certificate.loaded.spki != spki or not hmac.compare_digest(certificate.ak_name, public.name):
-        raise VerificationError(Step.KEY, "the host certificate is of another key than the attestation key")
-    if not hmac.compare_digest(certificate.ek_digest, ek_digest(ek_public)):
-        raise VerificationError(Step.KEY, "the host certificate names another endorsement key")
-    _check_valid(certificate.loaded, "the host certificate", now)
-
-
 def verify_host_certificate(
     der: bytes,
     *,
@@ -163,7 +168,8 @@ def verify_host_certificate(
     """
     certificate = read_host_certificate(der)
     _check_issuer(certificate.loaded, roots, now)
-    check_host_certificate(certificate, ak_public=ak_public, ek_public=ek_public, now=now)
+    certificate.check_keys(ak_public, ek_public)
+    certificate.check_valid(now)
     if hosts and certificate.host not in hosts:
         raise VerificationError(
             Step.KEY, f"the host certificate is of {certificate.host}, which the bundle does not name"

@@ -13,6 +13,7 @@ import click
 
 from guestlib.errors import CallerError, HostdError, RefusedDriftError, TransportError, UnavailableError
 from hostd.admin.context import LONG_S, Context, made, uuid
+from hostd.admin.host import FILE, certified_bundle, host
 from hostd.admin.ledger import ledger
 from hostd.admin.manifest import manifest
 from hostd.admin.measure import COLUMNS, explanation, rows
@@ -245,6 +246,7 @@ def key_list(context: Context, tenant_name: str) -> None:
 
 
 cli.add_command(manifest)
+cli.add_command(host)
 
 
 @cli.group(invoke_without_command=True)
@@ -286,10 +288,27 @@ def trust() -> None:
 
 @trust.command("bundle")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: standard output.")
+@click.option(
+    "--host-root",
+    "host_roots",
+    type=FILE,
+    multiple=True,
+    help="CA of host certificates, in place of all that is this host's alone. Repeatable.",
+)
+@click.option("--host", "hosts", multiple=True, help="With --host-root: accept this host only. Repeatable.")
 @click.pass_obj
-def trust_bundle(context: Context, output: Path | None) -> None:
-    """A trust bundle that pins this host's TPM, PCRs, channel CA and reference values."""
+def trust_bundle(
+    context: Context, output: Path | None, host_roots: tuple[Path, ...], hosts: tuple[str, ...]
+) -> None:
+    """A trust bundle that pins this host's TPM, PCRs, channel CA and reference values.
+
+    With --host-root: one for every host that this CA certifies, with this host's PCRs and reference values.
+    """
+    if hosts and not host_roots:
+        raise click.UsageError("--host needs --host-root: nobody else certifies names")
     document = context.ask(adm.TrustBundle(), adm.Document).document
+    if host_roots:
+        document = certified_bundle(document, host_roots, hosts)
     if output is None:
         click.echo(document)
     else:

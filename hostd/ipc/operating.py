@@ -13,6 +13,7 @@ import msgspec
 
 from hostd.core.reading_types import Count, Struct
 from hostd.core.reference import MAX_REFERENCE_BYTES
+from hostd.ipc.enrolling import EnrolmentCommand
 from hostd.ipc.serving import Seq
 
 TenantName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")]
@@ -179,6 +180,7 @@ UngatedCommand = (
     | ListDrift
     | ClearDrift
     | LedgerCommand
+    | EnrolmentCommand
     | TrustBundle
 )
 

@@ -79,6 +79,7 @@ def statement_for(
     measuring: Measuring,
     ledger: Ledger,
     tpm: TpmRecord,
+    host_certificate: bytes | None,
     channel_ca: bytes,
     reference: bytes | None,
 ) -> Statement:
@@ -93,7 +94,7 @@ def statement_for(
         nonce=nonce,
         issued=now.astimezone(datetime.UTC).replace(microsecond=0),
         host=HostIdentity(this_host(), hostd.__version__),
-        tpm=TpmIdentity(tpm.ak_public, tpm.ek_public, tpm.ek_certificate),
+        tpm=TpmIdentity(tpm.ak_public, tpm.ek_public, tpm.ek_certificate, host_certificate),
         ima=ima,
         channel_ca=channel_ca,
         claims=claims,

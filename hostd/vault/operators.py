@@ -16,6 +16,7 @@ from guestlib.attest.bundle import TrustBundle, encode_bundle
 from guestlib.errors import HostdError, NotFoundError, UnavailableError
 from hostd.core.callers import Caller, host_principal, vm_principal
 from hostd.core.findings import Component, Kind, process_of
+from hostd.ipc import enrolling as enr
 from hostd.ipc import operating as adm
 from hostd.ipc.channel import Channel, ChannelError
 from hostd.ipc.connect import accept, listen
@@ -23,6 +24,7 @@ from hostd.ipc.serving import Fault, Receipt, Reply
 from hostd.vault import manifests, standing
 from hostd.vault.baseline import Capture
 from hostd.vault.done import Done
+from hostd.vault.enrolment import EnrolmentDesk
 from hostd.vault.explain import explain, finding_lines
 from hostd.vault.gate import ALWAYS
 from hostd.vault.ledgerdesk import LedgerDesk
@@ -64,6 +66,7 @@ class Operators:
         self._listener = listen(path, mode=0o666)
         loop.watch(self._listener, self._on_accept)
         self._desk = LedgerDesk(vault.ledger, vault.heads, vault.checkpoints, loop, vault.record)
+        self._enrolment = EnrolmentDesk(vault.tpm, vault.record)
         self._desk.sweep(lambda reason: vault.set_shut("ledger", reason))
         self._immediate: dict[type, Callable[[_Connection, int, Any], None]] = {
             adm.ListTenants: self._list_tenants,
@@ -78,6 +81,7 @@ class Operators:
             adm.ListDrift: self._list_drift,
             adm.ClearDrift: self._clear_drift,
             **dict.fromkeys(LedgerDesk.COMMANDS, self._on_ledger),
+            **dict.fromkeys(EnrolmentDesk.COMMANDS, self._on_enrolment),
             adm.TrustBundle: self._trust_bundle,
         }
         self._gated: dict[type, Callable[[Any, int], Done]] = {
@@ -316,6 +320,15 @@ class Operators:
             connection.officer.principal,
             lambda result: self._answer(connection, seq, result),
         )
+
+    def _on_enrolment(self, connection: _Connection, seq: int, command: enr.EnrolmentCommand) -> None:
+        def told(result: object) -> None:
+            if isinstance(result, HostdError):
+                self._refuse(connection, seq, result)
+            else:
+                self._answer(connection, seq, result)
+
+        self._enrolment.answer(command, connection.officer.principal, told)
 
     def _trust_bundle(self, connection: _Connection, seq: int, _command: adm.TrustBundle) -> None:
         vault, custody = self._vault, self._vault.custody

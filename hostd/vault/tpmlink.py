@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import select
+import ssl
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from guestlib.attest.hostcert import read_host_certificate
 from guestlib.attest.imalog import PCR as IMA_PCR
 from guestlib.attest.quote import attestation_key, verify_quote
 from guestlib.attest.tpm2 import parse_public
@@ -19,17 +21,20 @@ from guestlib.errors import MalformedError, VerificationError
 from hostd.core.reacting import RuleError, check_poison_pcr
 from hostd.platform.secretmem import SecretBuffer
 from hostd.platform.tpm import open_tpm
-from hostd.platform.tpm_errors import TpmError, TpmIdentityError, TpmPoisonError
-from hostd.platform.tpm_files import parse_blob, parse_record, read_file
+from hostd.platform.tpm_errors import TpmBlobError, TpmError, TpmIdentityError, TpmPoisonError
+from hostd.platform.tpm_files import parse_blob, parse_record, read_file, write_file
 from hostd.platform.tpm_tcti import open_link
 from hostd.platform.tpm_worker import Priority, TpmWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
+    from guestlib.attest.credential import Credential
     from hostd.config import Config
     from hostd.ipc.loop import Loop
     from hostd.platform.tpm import Quote, Tpm
+    from hostd.platform.tpm_files import TpmRecord
     from hostd.platform.tpm_worker import Job
     from hostd.vault.counters import Counters
 
@@ -56,12 +61,15 @@ class TpmLink:
     """The vault's TPM, with this host's identity record and sealed root key."""
 
     def __init__(self, config: Config, loop: Loop, counters: Counters) -> None:
-        """Raises: TpmError, the record or the sealed key cannot be read, or the root key is not sealed to the
-        poison PCR."""
+        """Raises: TpmError, the record, the sealed key or the host certificate cannot be read or is another
+        host's, or the root key is not sealed to the poison PCR."""
         self._deadline_s = config.tpm.deadline_s
         self._counters = counters
         self.record = parse_record(read_file(config.state / "tpm.json"))
         self._blob = parse_blob(read_file(config.state / "root.json"))
+        self._certificate_path = config.state / "host.pem"
+        self.host_certificate = _load_certificate(self._certificate_path, self.record)
+        """What a provider says of the attestation key, DER; None if it said nothing. It may be over."""
         self._ak = attestation_key(parse_public(self.record.ak_public))
         self._sealed_to = self._blob.values()
         self._poison_pcr = config.drift.poison_pcr
@@ -156,6 +164,19 @@ class TpmLink:
 
         self._submit(priority, work, timed)
 
+    def activate(self, credential: Credential, told: Callable[[bytes | TpmError], None]) -> None:
+        """The secret of a credential for this host's attestation key."""
+        self._submit(Priority.OTHER, lambda tpm: tpm.activate(credential), told)  # type: ignore[arg-type]
+
+    def install_certificate(self, der: bytes) -> None:
+        """Stores a host certificate that the caller has checked.
+
+        Raises:
+            OSError: it cannot be written; the one before is still there.
+        """
+        write_file(self._certificate_path, ssl.DER_cert_to_PEM_cert(der).encode())
+        self.host_certificate = der
+
     def check(self, told: Callable[[PcrsRead | TpmError], None]) -> None:
         """The sealed PCRs and PCR 10, read in an authenticated session."""
         selection = self.selection
@@ -186,3 +207,15 @@ class TpmLink:
     def close(self) -> None:
         self._loop.forget(self._worker)
         self._worker.stop(1.0)
+
+
+def _load_certificate(path: Path, record: TpmRecord) -> bytes | None:
+    """Raises: TpmBlobError, it is not a host certificate of these keys."""
+    if not path.exists():
+        return None
+    try:
+        der = ssl.PEM_cert_to_DER_cert(read_file(path).decode("ascii"))
+        read_host_certificate(der).check_keys(record.ak_public, record.ek_public)
+    except (ValueError, VerificationError) as error:
+        raise TpmBlobError(f"{path}: {error}; remove it, or install one for this host") from error
+    return der

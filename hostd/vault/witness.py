@@ -142,6 +142,7 @@ class Witness:
             measuring=self._measuring,
             ledger=self._ledger,
             tpm=self._tpm.record,
+            host_certificate=self._tpm.host_certificate,
             channel_ca=custody.channel_ca.certificate_der,
             reference=None if custody.reference is None else custody.reference_digest,
         )

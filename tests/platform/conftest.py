@@ -19,6 +19,14 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
     embedded.process.stop()
 
 
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
+    """Another machine's TPM, of another maker, for all tests that do not break it."""
+    embedded = make_embedded(tmp_path_factory.mktemp("other"))
+    yield embedded
+    embedded.process.stop()
+
+
 @pytest.fixture
 def own_host(tmp_path: Path) -> Iterator[Embedded]:
     """One for a test that stops, kills or clears it."""

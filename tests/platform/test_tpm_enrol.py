@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
-from support_tpm import Embedded
+from support_tpm import Embedded, make_embedded
 from test_tpm import leftovers
+from tpm2_pytss.utils import NoSuchIndex, create_ek_template
 
 from guestlib.attest.credential import Credential, make_credential
-from guestlib.attest.tpm2 import parse_public
-from hostd.platform import tpm_enrol
+from guestlib.attest.tpm2 import (
+    RH_ENDORSEMENT,
+    EccKey,
+    RsaKey,
+    parse_attest,
+    parse_public,
+    qualified_name,
+)
+from hostd.platform import tpm_enrol, tpm_maker, tpm_provision
 from hostd.platform.tpm import Tpm
 from hostd.platform.tpm_errors import (
     TpmCommandError,
@@ -21,6 +30,7 @@ from hostd.platform.tpm_errors import (
     TpmUnavailableError,
 )
 from hostd.platform.tpm_esys import ESYS_TR, Esys
+from hostd.platform.tpm_files import TpmRecord
 from hostd.platform.tpm_provision import provision
 
 
@@ -137,3 +147,52 @@ def test_no_tpm(own_host: Embedded) -> None:
     with pytest.raises(TpmUnavailableError):
         tpm.activate(credential(own_host, b"secret"))
     tpm.close()
+
+
+def test_an_rsa_endorsement_key(own_host: Embedded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a policy too; a TPM without a certificate for it."""
+    monkeypatch.setattr(tpm_provision, "_EK_TEMPLATES", (("EK-RSA2048", 0x01C00002),))
+    _works(own_host, provision(own_host.connect, command_s=60, ak_handle=0x81010020), RsaKey)
+
+
+def test_a_p384_endorsement_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the high range: its Name is made with SHA-384, and its use needs no policy."""
+
+    def template(_kind: str, _read: object) -> object:
+        return create_ek_template("EK-HIGH-ECC384", lambda index: _nothing(index, 0x01C00016))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tpm_maker, "create_ek_template", template)
+        patched.setattr(tpm_maker, "EK_CERTIFICATE_INDEX", 0x01C00016)
+        made = make_embedded(tmp_path)
+    try:
+        assert made.record.ek_certificate is not None
+        assert made.record.ek_public[4:6] == bytes.fromhex("000c")
+        assert provision(made.connect, command_s=20) == made.record
+        _works(made, made.record, EccKey)
+    finally:
+        made.process.kill()
+
+
+def _nothing(index: int, certificate: int) -> bytes:
+    if index == certificate:
+        return b"a certificate that is yet to be made"
+    raise NoSuchIndex(index)
+
+
+def _works(host: Embedded, record: TpmRecord, kind: type) -> None:
+    host.record = record
+    ek = parse_public(record.ek_public)
+    assert isinstance(ek.key, kind)
+    tpm = host.open()
+    try:
+        assert tpm.activate(make_credential(ek, record.ak_name, b"secret")) == b"secret"
+        other = record.ak_name[:-1] + bytes([record.ak_name[-1] ^ 1])
+        with pytest.raises(TpmCredentialError):
+            tpm.activate(make_credential(ek, other, b"secret"))
+        quote, _values = tpm.quote_with_pcrs(b"", (0,))
+        child = qualified_name(qualified_name(RH_ENDORSEMENT, ek.name), record.ak_name)
+        assert parse_attest(quote.attest).qualified_signer == child
+        assert leftovers(host) == ()
+    finally:
+        tpm.close()

@@ -40,21 +40,21 @@ class Provider:
     name: str = "provider"
     end: datetime.timedelta = 1000 * DAY
     key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP256R1()))
+    root: bytes = field(init=False)
+    """The CA's certificate, DER."""
 
-    @property
-    def _name(self) -> x509.Name:
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, self.name)])
-
-    @property
-    def root(self) -> bytes:
-        """The CA's certificate, DER."""
-        return (
+    def __post_init__(self) -> None:
+        self.root = (
             self._builder(self._name, self.key.public_key(), self.now - 10 * DAY, self.now + self.end)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(sign=True), critical=True)
             .sign(self.key, hashes.SHA256())
             .public_bytes(Encoding.DER)
         )
+
+    @property
+    def _name(self) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, self.name)])
 
     @property
     def key_pem(self) -> bytes:

@@ -29,6 +29,7 @@ class SimulatedTpm:
 
     def __init__(self) -> None:
         self.record = SimpleNamespace(ak_public=b"ak", ek_public=b"ek", ek_certificate=None)
+        self.host_certificate = None
         self.pending: list[Any] = []
 
     def quote(self, _qualifying: bytes, told: Any, *, priority: Priority) -> None:

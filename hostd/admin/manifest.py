@@ -18,6 +18,7 @@ from hostd.admin.render import safe
 from hostd.core.manifest import Counts
 from hostd.core.reference import NAMESPACE, date_of, parse_reference, reference_digest
 from hostd.ipc import operating as adm
+from hostd.ipc.manifest_status import ManifestReport, ManifestStatus
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 NEAR_DAYS = 7
@@ -127,7 +128,7 @@ def manifest_show(context: Context, output: Path | None) -> None:
 @click.pass_obj
 def manifest_status(context: Context) -> None:
     """What is coming and going: which approved builds were seen, and which old ones end soon."""
-    found = context.ask(adm.ManifestStatus(), adm.ManifestReport)
+    found = context.ask(ManifestStatus(), ManifestReport)
 
     def render() -> None:
         signed = ", ".join(map(safe, found.signed_by))

@@ -17,7 +17,7 @@ from hostd.admin.manifest_packages import of_apt
 from hostd.core.manifest import DAY_S, approve_next, merged
 from hostd.core.manifest import retire as retired
 from hostd.core.reference import Source
-from hostd.ipc import operating as adm
+from hostd.ipc.manifest_status import ManifestReport, ManifestStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -97,7 +97,7 @@ def retire(
 ) -> None:
     """End an update: what was next in BASE (a file, or `@`: in force) is in use, and what it replaced
     ends."""
-    seen = context.ask(adm.ManifestStatus(), adm.ManifestReport).seen if unseen else None
+    seen = context.ask(ManifestStatus(), ManifestReport).seen if unseen else None
     reference = well_formed(
         lambda: retired(
             load(context, base), created=now(), paths=paths or None, seen=seen, after_s=after * DAY_S

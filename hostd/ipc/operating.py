@@ -14,6 +14,7 @@ import msgspec
 from hostd.core.reading_types import Count, Struct
 from hostd.core.reference import MAX_REFERENCE_BYTES
 from hostd.ipc.enrolling import EnrolmentCommand
+from hostd.ipc.manifest_status import ManifestStatus
 from hostd.ipc.serving import Seq
 
 TenantName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")]
@@ -97,10 +98,6 @@ class InstallManifest(Struct, frozen=True, tag="install-manifest"):
 
 class ShowManifest(Struct, frozen=True, tag="show-manifest"):
     pass
-
-
-class ManifestStatus(Struct, frozen=True, tag="manifest-status"):
-    """What is coming and going in the manifest in force, and what of it the measurer has seen."""
 
 
 class ListDrift(Struct, frozen=True, tag="list-drift"):
@@ -301,38 +298,6 @@ class Installed(msgspec.Struct, frozen=True):
     digest: str
     version: int
     signed_by: tuple[str, ...]
-
-
-class ComingDigest(msgspec.Struct, frozen=True):
-    path: str
-    digest: str
-    seen: bool
-    """A hypervisor maps it, or the kernel's log of this boot has it."""
-
-
-class RetiringDigest(msgspec.Struct, frozen=True):
-    path: str
-    digest: str
-    retires: int
-    """Unix time, seconds."""
-    seen: bool
-
-
-class ManifestReport(msgspec.Struct, frozen=True):
-    digest: str
-    version: int
-    created: int
-    signed_by: tuple[str, ...]
-    files: int
-    next: tuple[ComingDigest, ...]
-    retire: tuple[RetiringDigest, ...]
-    """What has not retired yet."""
-    remove: tuple[str, ...]
-    """Files that may be missing."""
-    unseen: int
-    """Digests of `files` that were not seen."""
-    seen: dict[str, tuple[str, ...]]
-    """Path → digests seen of those that the document names under `files`, `next` or `retire`."""
 
 
 class ReactionLine(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ from guestlib.attest.imalog import MalformedLogError, parse_entries
 from guestlib.errors import NotFoundError
 from hostd.core.reference import DELETED, encode_reference
 from hostd.ipc import operating as adm
+from hostd.ipc.manifest_status import ComingDigest, ManifestReport, RetiringDigest
 
 if TYPE_CHECKING:
     from hostd.vault.vault import Vault
@@ -33,7 +34,7 @@ def show(vault: Vault) -> adm.Document:
     )
 
 
-def report(vault: Vault, now: int) -> adm.ManifestReport:
+def report(vault: Vault, now: int) -> ManifestReport:
     """What is coming and going.
 
     Raises:
@@ -46,19 +47,19 @@ def report(vault: Vault, now: int) -> adm.ManifestReport:
         raise NotFoundError("no reference values are in force")
     seen = _seen(vault)
     known = {**reference.retire, **reference.next, **reference.files}
-    return adm.ManifestReport(
+    return ManifestReport(
         digest=custody.reference_digest.hex(),
         version=reference.version,
         created=reference.created,
         signed_by=names,
         files=len(reference.files),
         next=tuple(
-            adm.ComingDigest(path, digest, digest in seen.get(path, ()))
+            ComingDigest(path, digest, digest in seen.get(path, ()))
             for path, digests in sorted(reference.next.items())
             for digest in digests
         ),
         retire=tuple(
-            adm.RetiringDigest(path, digest, when, digest in seen.get(path, ()))
+            RetiringDigest(path, digest, when, digest in seen.get(path, ()))
             for path, times in sorted(reference.retire.items())
             for digest, when in sorted(times.items())
             if when > now

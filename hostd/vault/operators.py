@@ -20,6 +20,7 @@ from hostd.ipc import enrolling as enr
 from hostd.ipc import operating as adm
 from hostd.ipc.channel import Channel, ChannelError
 from hostd.ipc.connect import accept, listen
+from hostd.ipc.manifest_status import ManifestStatus
 from hostd.ipc.serving import Fault, Receipt, Reply
 from hostd.vault import manifests, standing
 from hostd.vault.baseline import Capture
@@ -77,7 +78,7 @@ class Operators:
             adm.CaptureManifest: self._capture,
             adm.InstallManifest: self._install,
             adm.ShowManifest: self._show_manifest,
-            adm.ManifestStatus: self._manifest_status,
+            ManifestStatus: self._manifest_status,
             adm.ListDrift: self._list_drift,
             adm.ClearDrift: self._clear_drift,
             **dict.fromkeys(LedgerDesk.COMMANDS, self._on_ledger),
@@ -288,7 +289,7 @@ class Operators:
     def _show_manifest(self, connection: _Connection, seq: int, _command: adm.ShowManifest) -> None:
         self._answer(connection, seq, manifests.show(self._vault))
 
-    def _manifest_status(self, connection: _Connection, seq: int, _command: adm.ManifestStatus) -> None:
+    def _manifest_status(self, connection: _Connection, seq: int, _command: ManifestStatus) -> None:
         self._answer(connection, seq, manifests.report(self._vault, int(time.time())))
 
     def _list_drift(self, connection: _Connection, seq: int, _command: adm.ListDrift) -> None:

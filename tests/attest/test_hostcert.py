@@ -176,7 +176,8 @@ def test_a_ca_certificate_as_host_certificate(host: Host, provider: Provider) ->
     ("deviations", "why"),
     [
         ({"usage": SERVER}, "another use"),
-        ({"signs": True}, "another use"),
+        ({"signs": False}, "another use"),
+        ({"certifies": True}, "another use"),
         ({"strange": True}, "critical extension 2.25.1 is not known"),
         ({"names": ()}, "not a host certificate"),
         ({"names": ("one", "two")}, "not a host certificate"),

@@ -26,6 +26,7 @@ from support_tpm import Embedded
 
 from guestlib.attest.bundle import TrustBundle, encode_bundle, parse_bundle
 from guestlib.attest.hostcert import read_host_certificate
+from guestlib.attest.notekey import VerifierKey
 from hostd.admin import hostca, hostctl
 from hostd.admin.context import Context
 from hostd.core import enrolment as docs
@@ -97,6 +98,7 @@ def run(desk: Desk, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytes
                 channel_ca=place.provider.root,
                 pcrs=((7, frozenset({bytes(32)})),),
                 reference=frozenset({bytes(32)}),
+                ledger=(str(VerifierKey("hostd-ledger", bytes(32))),),
             )
             return adm.Document(encode_bundle(bundle), "")
         return desk.ask(command)

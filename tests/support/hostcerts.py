@@ -18,10 +18,10 @@ from guestlib.attest.tpm2 import parse_public
 DAY = datetime.timedelta(days=1)
 
 
-def _usage(*, sign: bool) -> x509.KeyUsage:
+def _usage(*, signs: bool, certifies: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
-        digital_signature=not sign,
-        key_cert_sign=sign,
+        digital_signature=signs,
+        key_cert_sign=certifies,
         crl_sign=False,
         content_commitment=False,
         key_encipherment=False,
@@ -47,7 +47,7 @@ class Provider:
         self.root = (
             self._builder(self._name, self.key.public_key(), self.now - 10 * DAY, self.now + self.end)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(sign=True), critical=True)
+            .add_extension(_usage(signs=False, certifies=True), critical=True)
             .sign(self.key, hashes.SHA256())
             .public_bytes(Encoding.DER)
         )
@@ -87,7 +87,8 @@ class Provider:
         key_of: bytes | None = None,
         ca: bool = False,
         usage: x509.ObjectIdentifier = AK_CERTIFICATE_USAGE,
-        signs: bool = False,
+        signs: bool = True,
+        certifies: bool = False,
         identity: bytes | None = None,
         without: tuple[x509.ObjectIdentifier, ...] = (),
         strange: bool = False,
@@ -101,7 +102,7 @@ class Provider:
         names = (host,) if names is None else names
         extensions: list[tuple[x509.ExtensionType, bool]] = [
             (x509.BasicConstraints(ca=ca, path_length=None), True),
-            (_usage(sign=signs), True),
+            (_usage(signs=signs, certifies=certifies), True),
             (x509.ExtendedKeyUsage([usage]), False),
             (x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), False),
             (x509.UnrecognizedExtension(IDENTITY, tied if identity is None else identity), False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import random
+import re
 
 import pytest
 from hypothesis import given
@@ -80,6 +81,9 @@ def test_what_is_signed_and_proved_stays_the_same() -> None:
         '  "ek_certificate": "Y2VydA=="\n}\n'
     )
     assert docs.encode(IDENTITY) == text.encode()
+    request = docs.encode(DOCUMENTS[0]).decode()
+    names = ["format", "identity", "host", "ak_public", "ek_public", "ek_certificate", "pcrs", "0", "10"]
+    assert re.findall(r'"(\w+)": ', request) == [*names, "attest", "signature"]
     by_hand = hashlib.sha256(b"hostd host request v1\0" + text.encode()).digest()
     assert IDENTITY.qualifying() == by_hand
     secret, challenge = bytes(range(32)), hashlib.sha256(b"challenge").digest()

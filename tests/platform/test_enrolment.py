@@ -257,6 +257,14 @@ def test_a_key_that_could_sign_anything(desk: Desk) -> None:
     assert "lacks SIGN" in said
 
 
+def test_a_key_whose_name_is_of_another_hash(desk: Desk) -> None:
+    """There is no room for its Name in a certificate."""
+    record = desk.host.record
+    longer = record.ak_public[:4] + bytes.fromhex("000c") + record.ak_public[6:]
+    said = refused(Step.KEY, desk.host, changed(desk.request(), ak_public=longer))
+    assert "not made with SHA-256" in said
+
+
 def test_pcrs_that_are_none(desk: Desk) -> None:
     parsed = docs.parse(desk.request(), docs.Request)
     for wrong in ("24", "07", "x"):

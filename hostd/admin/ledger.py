@@ -242,7 +242,9 @@ def _told(found: ledger_read.Verified) -> str:
     if found.problem:
         return safe(found.problem)
     before = f" (entries before {found.first} are not here: an archive has them)" if found.first else ""
-    return f"{found.entries} entries lead to the signed root{before}; signed by: {', '.join(found.vouched)}"
+    after = f" (and {found.later} after them that no signature here covers)" if found.later else ""
+    by = ", ".join(found.vouched)
+    return f"{found.entries} entries lead to the signed root{before}{after}; signed by: {by}"
 
 
 @ledger.command("export")

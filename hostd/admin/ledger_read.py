@@ -64,6 +64,9 @@ class Verified:
     vouched: tuple[str, ...]
     """Who signed the checkpoint."""
     problem: str
+    later: int = 0
+    """Lines that stand after these entries: of a state directory what came after the checkpoint, of an
+    archive what is there besides. Nothing here vouches for them."""
 
 
 def tile_path(index: int) -> str:
@@ -105,9 +108,9 @@ def verify(folder: Path, bundle: TrustBundle) -> Verified:
         source = _Archived(folder, checkpoint)
     else:
         source = _State(folder, checkpoint)
-    fault, root = _compare(source)
+    fault, root, later = _compare(source)
     problem = "" if fault is None else f"{source.place(fault.at)}: {fault.what}"
-    return Verified(kind, source.first, source.end, root, vouched, problem)
+    return Verified(kind, source.first, source.end, root, vouched, problem, later)
 
 
 class _Source:
@@ -132,11 +135,12 @@ class _Source:
         raise NotImplementedError
 
 
-def _compare(source: _Source) -> tuple[Fault | None, bytes]:
-    """The first entry that is not as recorded, and the root that the lines up to `end` lead to."""
+def _compare(source: _Source) -> tuple[Fault | None, bytes, int]:
+    """The first entry that is not as recorded, the root that the lines up to `end` lead to, and how many
+    whole lines follow there."""
     edge, kept = source.edge.copy(), source.edge.copy()
     lines = source.lines()
-    numbers, behind = True, False
+    numbers, behind, later = True, False, 0
     at = source.first
     for chunk in lines:
         some = chunk[: source.end - at]
@@ -149,17 +153,19 @@ def _compare(source: _Source) -> tuple[Fault | None, bytes]:
         at += len(some)
         if at >= source.end:
             behind = source.ends and len(chunk) > len(some)
+            if not source.ends:
+                rest = itertools.chain(chunk[len(some) :], itertools.chain.from_iterable(lines))
+                later = sum(line.endswith(b"\n") for line in rest)
             break
     if edge.size == source.end and numbers and edge.root() == source.root:
         last = source.end - 1
-        return ledgercheck.Fault(
-            last, f"something stands after entry {last}"
-        ) if behind else None, edge.root()
+        fault = ledgercheck.Fault(last, f"something stands after entry {last}") if behind else None
+        return fault, edge.root(), later
     for at in range(source.first, source.end, CHUNK):
         kept.extend(source.leaves(at, min(CHUNK, source.end - at)))
     if kept.size == source.end and kept.root() == source.root:
-        return _audited(source), edge.root()
-    return _by_number(source, edge.size), edge.root()
+        return _audited(source), edge.root(), 0
+    return _by_number(source, edge.size), edge.root(), 0
 
 
 def _audited(source: _Source) -> Fault | None:

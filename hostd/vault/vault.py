@@ -190,9 +190,8 @@ class Vault:
         Raises:
             LedgerError: it could not be recorded (the gate is shut then).
         """
-        seq = self.ledger.size
         entry = Entry(
-            seq=seq,
+            seq=self.ledger.size,
             time=time.time_ns() // 1_000_000,
             event=event,
             outcome=outcome,
@@ -207,7 +206,7 @@ class Vault:
         except HostdError as error:
             self._ledger_failed(error.message)
             raise
-        return seq
+        return entry.seq
 
     def _ledger_failed(self, reason: str) -> None:
         self.set_shut("ledger", reason)
@@ -388,12 +387,14 @@ class Vault:
         """An orderly end: nothing new, keys wiped, said in the ledger."""
         self.batches.abandon("the vault stops")
         self.attesting.finish()
-        self.custody.lock()
+        try:
+            self.heads.save()  # Before the keys go: one of them signs the checkpoint.
+        finally:
+            self.custody.lock()
         self.refusals.flush()
         self.refusals.close_window()
         self.broker.flush()
         self.record("stop", detail="vault stopped")
-        self.heads.save()
         self.tpm.close()
         self.store.close()
         self.ledger.close()

@@ -69,8 +69,23 @@ def test_a_state_directory(desk: Desk) -> None:
     found = fine(desk.folder, desk)
     assert (found.kind, found.first, found.entries) == ("state", 0, desk.ledger.durable)
     assert found.root == desk.ledger.tree.root()
-    desk.fill(90, sign=False)
-    assert fine(desk.folder, desk).entries < desk.ledger.size, "as far as the checkpoint goes"
+    assert found.later == 0
+    desk.fill(130, sign=False)
+    found = fine(desk.folder, desk)
+    assert found.entries < desk.ledger.size, "as far as the checkpoint goes"
+    assert found.later == desk.ledger.size - found.entries, "and what it does not cover is counted"
+    with desk.path.open("ab") as file:
+        file.write(b"torn, so never acknowledged")
+    assert fine(desk.folder, desk).later == found.later
+
+
+def test_what_stands_behind_an_archive_is_counted(desk: Desk, tmp_path: Path) -> None:
+    place = tmp_path / "archive"
+    _, end = ledger_write.archive(desk.ask, place, 1)
+    assert fine(place, desk).later == 0
+    with closed_segments(place)[-1].path.open("ab") as file:
+        file.write(b'{"seq":%d,"event":"operation"}\n' % end)
+    assert (fine(place, desk).entries, fine(place, desk).later) == (end, 1)
 
 
 def test_an_export(desk: Desk, tmp_path: Path) -> None:
@@ -561,7 +576,10 @@ def test_offline_from_the_command_line(desk: Desk, tmp_path: Path) -> None:
     run = CliRunner()
     verified = ["ledger", "verify", "--dir", str(desk.folder), "--trust", str(trust)]
     said = run.invoke(cli, verified)
-    assert (said.exit_code, "lead to the signed root" in said.output) == (0, True), said.output
+    assert (said.exit_code, "lead to the signed root; signed by" in said.output) == (0, True), said.output
+    desk.fill(75, sign=False)
+    said = run.invoke(cli, verified)
+    assert "root (and 5 after them that no signature here covers); signed by" in said.output
     said = run.invoke(cli, ["ledger", "prove", "--check", str(proof), "--trust", str(trust)])
     assert (said.exit_code, "entry 4 is in the ledger" in said.output) == (0, True), said.output
     put(desk, edited)

@@ -650,17 +650,21 @@ def test_a_page_is_bounded(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(last.lines) == desk.ledger.stretch(last.size - 5, 5)
 
 
-def test_the_program_for_auditors(desk: Desk, tmp_path: Path) -> None:
-    """The one that docs/ledger.md shows, as it stands there."""
+def audit(folder: Path, key: str) -> tuple[int, str]:
+    """The program that docs/ledger.md shows, as it stands there: exit code, what it says."""
     page = (Path(__file__).parents[2] / "docs" / "ledger.md").read_text()
     program = page.split("```python\n")[1].split("```")[0]
+    command = [sys.executable, "-c", program, str(folder), key]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_program_for_auditors(desk: Desk, tmp_path: Path) -> None:
     desk.fill(900)
     count = ledger_write.export(desk.ask, tmp_path / "out", None, 0)
 
     def run(key: str = str(desk.checkpoints.key())) -> tuple[int, str]:
-        command = [sys.executable, "-c", program, str(tmp_path / "out"), key]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-        return done.returncode, done.stdout + done.stderr
+        return audit(tmp_path / "out", key)
 
     assert run() == (0, f"{count} entries lead to the signed root\n")
     assert run("x+" + str(desk.checkpoints.key()).partition("+")[2])[0] == 1
@@ -674,6 +678,43 @@ def test_the_program_for_auditors(desk: Desk, tmp_path: Path) -> None:
     note.write_bytes(note.read_bytes().replace(b"\n9", b"\n8", 1))
     status, said = run()
     assert (status, "InvalidSignature" in said) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        # Passes with how many entries follow; `.`: an entry of the latest pass, `x`: of none; `s`: a start.
+        ("s 1:2 . . x 2:1 . 4:2 . s 1:1 .", ""),
+        ("s 1:2 . . 1:1 .", "pass 1 is out of turn"),
+        ("s 2:1 . 1:1 .", "pass 1 is out of turn"),
+        ("s 1:2 . 2:1 .", "pass 2 is out of turn"),
+        ("s 1:2 . x", "entry 3 is of another batch"),
+        ("s 1:1 . .", "entry 3 is of another batch"),
+        ("s .", "entry 1 is of another batch"),
+    ],
+)
+def test_the_program_for_auditors_looks_at_passes(tmp_path: Path, said: str, complaint: str) -> None:
+    """Of a vault that writes and signs what it should not."""
+    desk = Desk(tmp_path, entries=1000)
+    batch = 0
+    for seq, word in enumerate(said.split()):
+        entry = Entry(seq, 1000, "operation", "released")
+        if word == "s":
+            entry = Entry(seq, 1000, "start", "done")
+        elif word == ".":
+            entry = msgspec.structs.replace(entry, pass_entry=batch or 7)
+        elif word != "x":
+            number, requests = map(int, word.split(":"))
+            entry, batch = (
+                Entry(seq, 1, "pass", "done", passed=number, pass_entry=seq, requests=requests),
+                seq,
+            )
+        desk.ledger.append(entry)
+    desk.fill(desk.ledger.size)
+    ledger_write.export(desk.ask, tmp_path / "out", None, 0)
+    status, told = audit(tmp_path / "out", str(desk.checkpoints.key()))
+    desk.close()
+    assert (status, (complaint or "lead to the signed root") in told) == (int(bool(complaint)), True), told
 
 
 def test_the_checkpoint_is_written_with_the_head(desk: Desk) -> None:

@@ -305,7 +305,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="hostd-guest", description="Keys of the host's hostd, from a guest.")
+    codes = "Exit codes: 2 usage, 3 your request, 4 the host, 5 no connection, 6 it does not verify."
+    text = "Keys of the host's hostd, from a guest."
+    parser = _Parser(prog="hostd-guest", description=text, epilog=codes)
     parser.add_argument(
         "--address", default=DEFAULT_ADDRESS, help="vsock:CID:PORT (default the host) or unix:PATH"
     )
@@ -330,7 +332,8 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("create-key", create_key, "token", text="make a key and print its id")
-    sub.add_argument("--algorithm", default="AES-256-GCM")
+    known = "AES-256-GCM (default), HMAC-SHA-256, ECDSA-P256, Ed25519, RSA-3072"
+    sub.add_argument("--algorithm", default="AES-256-GCM", metavar="NAME", help=known)
     sub.add_argument("--alias", help="alias/NAME")
     command("list-keys", list_keys, text="the keys of this tenant")
     command("describe-key", describe_key, "key", text="what may be said of a key")
@@ -383,7 +386,7 @@ _ARGUMENTS: Final[dict[str, Callable[[argparse.ArgumentParser], object]]] = {
     ),
     "aad": lambda sub: sub.add_argument("--aad", action="append", default=[], metavar="NAME=VALUE"),
     "token": lambda sub: sub.add_argument("--token", help="idempotency token (default: a random one)"),
-    "scheme": lambda sub: sub.add_argument("--scheme"),
+    "scheme": lambda sub: sub.add_argument("--scheme", help="of those that --json describe-key shows"),
     "version": lambda sub: sub.add_argument("--version", type=int),
 }
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hostd.core.keys import Algorithm
 from tests.gateway.conftest import GatewayProcess
 from tests.gateway.support_vault import SimulatedVault
 
@@ -44,6 +45,13 @@ def run(gateway: GatewayProcess, vault: SimulatedVault) -> Callable[..., subproc
         )
 
     return make
+
+
+def test_help_names_what_may_be_chosen(run: Callable[..., subprocess.CompletedProcess[bytes]]) -> None:
+    said = run("create-key", "--help").stdout.decode()
+    assert [algorithm for algorithm in Algorithm if algorithm not in said] == []
+    codes = run("--help").stdout.decode().partition("Exit codes:")[2]
+    assert [code for code in "23456" if f"{code} " not in codes] == []
 
 
 def test_a_round_trip_is_binary_safe(

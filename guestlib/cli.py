@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import dataclasses
 import json
 import os
 import ssl
@@ -19,10 +18,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from guestlib import errors, filecommands, receiptcommands
-from guestlib.attest.bundle import MAX_BUNDLE_BYTES, TrustBundle, parse_bundle
+from guestlib import errors, evidencecommands, filecommands, receiptcommands
 from guestlib.attest.steps import Step
 from guestlib.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client
+from guestlib.commandio import UsageError, parse_aad, read_bundle, read_bytes, show, to_json
 from guestlib.trust import Trust
 from guestlib.wire import messages
 
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 DEFAULT_TRUST: Final = "/etc/hostd/trust.json"
-MAX_INPUT_BYTES: Final = 1 << 20
-"""Read from a file; what the host takes is less and the host says so."""
-MAX_LOG_BYTES: Final = 256 << 20
 
 _HINTS: Final[dict[type[errors.HostdError], str]] = {
     errors.MalformedError: "see docs/protocol.md for what the operation takes; larger data goes by"
@@ -54,10 +50,6 @@ _HINTS: Final[dict[type[errors.HostdError], str]] = {
 }
 
 
-class UsageError(Exception):
-    """The command line, or a file it names, cannot be used."""
-
-
 def exit_code(error: errors.HostdError) -> int:
     if isinstance(error, errors.VerificationError):
         return 6
@@ -76,27 +68,6 @@ def fail(message: str, hint: str | None, code: int) -> int:
 # ── Input ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_bytes(name: str, limit: int = MAX_INPUT_BYTES) -> bytes:
-    try:
-        if name == "-":
-            data = sys.stdin.buffer.read(limit + 1)
-        else:
-            with open(name, "rb") as file:
-                data = file.read(limit + 1)
-    except OSError as error:
-        raise UsageError(f"{name}: {error.strerror}") from error
-    if len(data) > limit:
-        raise UsageError(f"{name}: over {limit} bytes")
-    return data
-
-
-def read_bundle(name: str) -> TrustBundle:
-    try:
-        return parse_bundle(read_bytes(name, MAX_BUNDLE_BYTES))
-    except errors.MalformedError as error:
-        raise UsageError(f"{name}: {error.message}") from None
-
-
 def read_trust(options: argparse.Namespace) -> Trust:
     """From the bundle: attestation; with --channel-ca-only, its `channel_ca` alone."""
     bundle = read_bundle(options.trust)
@@ -105,43 +76,6 @@ def read_trust(options: argparse.Namespace) -> Trust:
     if bundle.channel_ca is None:
         raise UsageError(f"{options.trust}: it pins no `channel_ca`")
     return Trust.channel_ca(ssl.DER_cert_to_PEM_cert(bundle.channel_ca))
-
-
-def parse_aad(pairs: Sequence[str]) -> dict[str, str]:
-    aad: dict[str, str] = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator or not name or name in aad:
-            raise UsageError(f"--aad {pair}: give NAME=VALUE, each name once")
-        aad[name] = value
-    return aad
-
-
-# ── Output ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def to_json(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, tuple | list):
-        return [to_json(item) for item in value]
-    return value
-
-
-def show(options: argparse.Namespace, result: Any, raw: bytes | str) -> None:
-    """The whole result with --json; else the part that a pipe wants: bytes as they are, text as a line."""
-    if options.json:
-        print(json.dumps(to_json(result)))
-    elif isinstance(raw, bytes):
-        sys.stdout.buffer.write(raw)
-        sys.stdout.buffer.flush()
-    else:
-        print(raw)
-    # Last: whatever becomes of the receipt, the answer is not lost.
-    if options.receipt:
-        receiptcommands.save(options.receipt, result)
 
 
 def key_line(key: messages.KeyInfo) -> str:
@@ -252,37 +186,6 @@ def health(client: Client, o: argparse.Namespace) -> None:
     show(o, result, "\n".join(lines))
 
 
-def evidence_get(client: Client, o: argparse.Namespace) -> None:
-    nonce = _nonce(o.nonce) if o.nonce else os.urandom(32)
-    document, log = client.evidence(nonce)
-    try:
-        Path(o.out).write_bytes(document)
-        Path(o.log).write_bytes(log)
-    except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}") from error
-    show(o, {"nonce": nonce.hex(), "evidence": o.out, "log": o.log}, nonce.hex())
-
-
-def evidence_verify(o: argparse.Namespace) -> None:
-    import datetime
-
-    from guestlib.attest.verifier import verify_evidence
-
-    document, log = read_bytes(o.evidence, MAX_LOG_BYTES), read_bytes(o.log, MAX_LOG_BYTES)
-    now = datetime.datetime.now(datetime.UTC)
-    bundle = read_bundle(o.trust)
-    verified = verify_evidence(document, log, bundle=bundle, nonce=_nonce(o.nonce), now=now)
-    key = verified.key_trust
-    show(o, {"verified": True, "attestation_key": key}, f"verified; attestation key {key}")
-
-
-def _nonce(text: str) -> bytes:
-    try:
-        return bytes.fromhex(text)
-    except ValueError:
-        raise UsageError("--nonce is hexadecimal") from None
-
-
 # ── The command line ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -363,18 +266,7 @@ def build_parser() -> argparse.ArgumentParser:
         data.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser), file_command
     )
 
-    evidence = commands.add_parser("evidence", help="what the host's TPM says of the host")
-    parts = evidence.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    get = parts.add_parser("get", help="fetch evidence; prints the nonce")
-    get.set_defaults(run=evidence_get, offline=False)
-    verifier = parts.add_parser("verify", help="verify evidence, without a connection")
-    verifier.set_defaults(run=evidence_verify, offline=True)
-    get.add_argument("--nonce", metavar="HEX", help="16 to 64 bytes (default: 32 random ones)")
-    get.add_argument("--out", default="evidence.json", metavar="FILE")
-    get.add_argument("--log", default="ima.log", metavar="FILE")
-    verifier.add_argument("evidence", metavar="EVIDENCE")
-    verifier.add_argument("--log", required=True, metavar="FILE")
-    verifier.add_argument("--nonce", required=True, metavar="HEX")
+    evidencecommands.add_commands(commands, _Parser)
     receiptcommands.add_commands(commands, _Parser)
     return parser
 

@@ -52,6 +52,8 @@ def configure(running: Running, config: bytes, units: str) -> None:
     for line in running.service.ctl_json("drift", "list")["drift"]:
         running.service.ctl("drift", "clear", line["component"], "--reason", "configured anew")
     for guest in (running.alice, running.bob):
+        if not guest.running:
+            guest.start()
         running.service.give_trust(guest)
 
 

@@ -39,6 +39,8 @@ def configure(running: Running, config: bytes) -> None:
     running.service.baseline()
     clear_all(running, "configured anew")
     for guest in (running.alice, running.bob):
+        if not guest.running:
+            guest.start()
         running.service.give_trust(guest)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from guestlib.errors import CallerError, HostdError, RefusedDriftError, TransportError, UnavailableError
+from hostd.admin.channel import channel
 from hostd.admin.context import LONG_S, Context, made, uuid
 from hostd.admin.host import FILE, certified_bundle, host
 from hostd.admin.ledger import ledger
@@ -245,6 +246,7 @@ def key_list(context: Context, tenant_name: str) -> None:
     )
 
 
+cli.add_command(channel)
 cli.add_command(manifest)
 cli.add_command(host)
 

@@ -18,7 +18,7 @@ from hostd.gateway import control, listeners
 from hostd.gateway.limits import BIND_S, WAITING_CONNECTIONS, WORKER_IDLE_S, WORKERS_PER_USER, limits_of
 from hostd.gateway.process import WorkerProcess, spawn
 from hostd.ipc.channel import Channel, ChannelError
-from hostd.ipc.serving import Bind, Bound, ToBroker
+from hostd.ipc.serving import Bind, Bound, Renew, ToBroker
 
 if TYPE_CHECKING:
     import socket
@@ -102,6 +102,9 @@ class Broker:
             self._detach()
             return
         for record in records:
+            if isinstance(record, Renew):
+                self._renew()
+                continue
             served = self._by_bind.get(record.bind)
             if served is None:
                 continue  # it went while the vault was at it
@@ -230,6 +233,13 @@ class Broker:
         served.state = State.RETIRED
         if self._callers.get(served.caller) is served:
             del self._callers[served.caller]
+
+    def _renew(self) -> None:
+        """The certificate of every worker that the vault has bound may be an earlier channel CA's: as if it
+        ended soon. (Those that it has not bound will get theirs from the CA in force then.)"""
+        for served in list(self._callers.values()):
+            if served.state is State.BOUND:
+                self._retire(served)
 
     def _died(self, served: Served) -> None:
         """A worker ended that was not told to."""

@@ -13,6 +13,7 @@ import msgspec
 
 from hostd.core.reading_types import Count, Struct
 from hostd.core.reference import MAX_REFERENCE_BYTES
+from hostd.ipc.channel_ca import ChannelCommand
 from hostd.ipc.enrolling import EnrolmentCommand
 from hostd.ipc.manifest_status import ManifestStatus
 from hostd.ipc.serving import Seq
@@ -178,6 +179,7 @@ UngatedCommand = (
     | ClearDrift
     | LedgerCommand
     | EnrolmentCommand
+    | ChannelCommand
     | TrustBundle
 )
 

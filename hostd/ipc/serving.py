@@ -55,6 +55,11 @@ class Unbound(Struct, frozen=True, tag="unbound"):
     reason: Annotated[str, msgspec.Meta(max_length=512)]
 
 
+class Renew(Struct, frozen=True, tag="renew"):
+    """The channel CA is another one: whatever was bound before this record keeps its connections and gets
+    no new ones."""
+
+
 class OpenChannel(Struct, frozen=True, tag="open"):
     """First record of a worker."""
 
@@ -106,6 +111,6 @@ class Fault(Struct, frozen=True, tag="fault"):
 
 
 FromBroker = Bind
-ToBroker = Bound | Unbound
+ToBroker = Bound | Unbound | Renew
 FromWorker = OpenChannel | Call
 ToWorker = ChannelIdentity | Reply | Fault

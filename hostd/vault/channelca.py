@@ -1,73 +1,99 @@
-"""The channel CA: issues the TLS certificate of every worker.
+"""A channel CA: issues the TLS certificates of workers.
 
-Its key is made once, kept in the store wrapped under ROOT, and its public key's digest is in the
-evidence that the TPM signs: that ties the channel a guest sees to the measured host. It stays in memory
-when the keys are locked, because a guest must be able to ask why it is refused.
+Which one is in force, and how one follows another, is `hostd.vault.channelkeeper`'s.
 """
 
 from __future__ import annotations
 
 import os
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from hostd.ipc.channel_ca import CaLine
 from hostd.ipc.serving import ChannelIdentity
-
-if TYPE_CHECKING:
-    from hostd.vault.keyring import Keyring
-    from hostd.vault.store import Store
+from hostd.vault.evidence import spki_digest
+from hostd.vault.primitives import IntegrityError
 
 SERVER_NAME: Final = "hostd.channel"
 LEAF_LIFE: Final = timedelta(hours=24)
 """A worker has one certificate; the gateway starts another worker before it ends."""
-CA_LIFE: Final = timedelta(days=3650)
+CA_LIFE: Final = timedelta(days=365)
+RENEW_AT: Final = 0.75
+"""Of a CA's life: the vault rotates when this part of it is over."""
 SKEW: Final = timedelta(minutes=5)
 """For guests whose clock is a little behind."""
 
 
 class ChannelCa:
-    """Issues channel certificates; made by `load` when the keys are unlocked."""
+    """Issues channel certificates. Made by `make`, or by `read` from what the store keeps."""
 
     def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
         self._key = key
         self.certificate_der = certificate.public_bytes(serialization.Encoding.DER)
         self.certificate_pem = certificate.public_bytes(serialization.Encoding.PEM)
+        self.digest = spki_digest(self.certificate_der)
         self._certificate = certificate
 
     def __repr__(self) -> str:
         return "<ChannelCa>"
 
     @classmethod
-    def load(cls, store: Store, keyring: Keyring, now: datetime) -> ChannelCa:
-        """The store's CA; made and stored (not yet committed) if there is none.
-
-        Raises:
-            primitives.IntegrityError: the stored key was altered or is another host's.
-        """
-        wrapped, certificate = store.meta("channel_ca_key"), store.meta("channel_ca_certificate")
-        if wrapped is not None and certificate is not None:
-            der = keyring.unwrap_service_key("channel-ca", wrapped)
-            key = serialization.load_der_private_key(der, password=None)
-            assert isinstance(key, ec.EllipticCurvePrivateKey)
-            return cls(key, x509.load_der_x509_certificate(certificate))
+    def make(cls, now: datetime) -> ChannelCa:
+        """A new one, valid from `now` on."""
         key = ec.generate_private_key(ec.SECP256R1())
-        made = cls(key, _self_signed(key, now))
-        der = key.private_bytes(
+        return cls(key, _self_signed(key, now))
+
+    @classmethod
+    def read(cls, key_der: bytes | bytearray, certificate_der: bytes) -> ChannelCa:
+        """Raises: IntegrityError, the certificate was not made by this key, for this key."""
+        key = serialization.load_der_private_key(key_der, password=None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        try:
+            certificate = x509.load_der_x509_certificate(certificate_der)
+            # The store keeps it in the clear. By its own signature only the key's holder can have made it.
+            certificate.verify_directly_issued_by(certificate)
+        except (ValueError, TypeError, InvalidSignature) as error:
+            raise IntegrityError("the channel CA's certificate was altered") from error
+        if certificate.public_key() != key.public_key():
+            raise IntegrityError("the channel CA's certificate is another key's")
+        return cls(key, certificate)
+
+    @property
+    def key_der(self) -> bytes:
+        """PKCS #8, in the clear: to be wrapped."""
+        return self._key.private_bytes(
             serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        store.set_meta("channel_ca_key", keyring.wrap_service_key("channel-ca", der))
-        store.set_meta("channel_ca_certificate", made.certificate_der)
-        return made
+
+    @property
+    def made(self) -> int:
+        """When, by the host's clock; Unix seconds."""
+        return int((self._certificate.not_valid_before_utc + SKEW).timestamp())
+
+    def due(self, since: int) -> int:
+        """When it is to be renewed, by a clock that showed `since` when it was made; Unix seconds."""
+        return since + int(RENEW_AT * (self._certificate.not_valid_after_utc.timestamp() - self.made))
+
+    @property
+    def line(self) -> CaLine:
+        certificate = self._certificate
+        return CaLine(
+            digest=self.digest.hex(),
+            not_before=int(certificate.not_valid_before_utc.timestamp()),
+            not_after=int(certificate.not_valid_after_utc.timestamp()),
+        )
 
     def issue(self, now: datetime) -> ChannelIdentity:
-        """A fresh key and a certificate for it: server authentication only, for one day."""
+        """A fresh key and a certificate for it: server authentication only, for one day, and not longer
+        than the CA itself."""
         key = ec.generate_private_key(ec.SECP256R1())
-        not_after = now + LEAF_LIFE
+        not_after = min(now + LEAF_LIFE, self._certificate.not_valid_after_utc)
         leaf = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, SERVER_NAME)]))

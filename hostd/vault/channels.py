@@ -240,6 +240,11 @@ class BrokerLink:
             if broker is self._broker:
                 self._drop_broker()
 
+    def renew(self) -> None:
+        """The channels' certificates are an earlier CA's: new connections go to new ones."""
+        if self._broker is not None:
+            self._tell(self._broker, serving.Renew())
+
     def flush(self) -> None:
         for channel in list(self.channels):
             channel.flush()

@@ -1,4 +1,4 @@
-"""Custody: when the root key is in memory, which reference values are in force, and who issues channels.
+"""Custody: when the root key is in memory, and which reference values are in force.
 
 The root key comes out of the TPM when the vault starts and after an officer has cleared a drift of the
 host; it leaves memory at once when the host drifts. What hostd stores about itself (channel CA,
@@ -27,7 +27,6 @@ from guestlib.errors import (
     HostdError,
     MalformedError,
     NotFoundError,
-    UnavailableError,
 )
 from hostd.core.appraisal import Appraiser, Rules
 from hostd.core.appraise_ima import Accepted
@@ -41,17 +40,17 @@ from hostd.core.reference import (
 )
 from hostd.platform.hostname import this_host
 from hostd.platform.tpm_errors import TpmError, TpmPoisonError, TpmPolicyError
-from hostd.vault.channelca import ChannelCa, utc_now
+from hostd.vault.channelkeeper import EVENT as CHANNEL
+from hostd.vault.channelkeeper import ChannelKeeper
 from hostd.vault.council import Council, OfficersError
-from hostd.vault.evidence import spki_digest
 from hostd.vault.primitives import IntegrityError
+from hostd.vault.wallclock import WallClock
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from hostd.config import Config
     from hostd.ipc.loop import Loop
-    from hostd.ipc.serving import ChannelIdentity
     from hostd.platform.secretmem import SecretBuffer
     from hostd.vault.gate import Gate
     from hostd.vault.keyring import Keyring
@@ -110,8 +109,8 @@ class Custody:
         tpm: TpmLink,
         last: Mapping[str, Entry],
     ) -> None:
-        """`last`: the ledger's last entries of events `officers`, `manifest` and `retire` before this
-        start."""
+        """`last`: the ledger's last entries of events `officers`, `manifest`, `retire` and `channel` before
+        this start."""
         self._house = house
         self._config = config
         self._loop = loop
@@ -130,8 +129,9 @@ class Custody:
         self._officers_known = "officers" in last
         match = _MANIFEST.match(last["manifest"].detail) if "manifest" in last else None
         self._installed = None if match is None else _Installed(int(match[1]), match[2])
-        self._now = max(
-            (last[event].time // 1000 for event in ("manifest", "retire") if event in last), default=0
+        # What has retired stays retired.
+        self._clock = WallClock(
+            max((last[event].time // 1000 for event in ("manifest", "retire") if event in last), default=0)
         )
         self._in_force: Reference | None = None
         self._retirement = loop.call_after(0.0, lambda: None)
@@ -139,8 +139,7 @@ class Custody:
         """The document as it was signed."""
         self.reference_digest = bytes(32)
         """Zeros while none is in force."""
-        self.channel_ca: ChannelCa | None = None
-        self.channel_ca_digest = bytes(32)
+        self.channel = ChannelKeeper(house.record, loop, store=store, keyring=keyring, last=last.get(CHANNEL))
         self.held = False
         """A drift keeps the keys out of memory."""
 
@@ -200,9 +199,7 @@ class Custody:
         first = self._store.meta("channel_ca_key") is None and not self._officers_known
         if self._council.confirm(self._store, self._keyring, first=first):
             self._house.record("officers", detail=self._council.describe())
-        if self.channel_ca is None:
-            self.channel_ca = ChannelCa.load(self._store, self._keyring, utc_now())
-            self.channel_ca_digest = spki_digest(self.channel_ca.certificate_der)
+        self.channel.load()
         self._keep_accepted()
         self._store_reference()
         document, signatures = self._store.meta(_REFERENCE), self._store.meta(_SIGNATURES)
@@ -239,7 +236,7 @@ class Custody:
         self.reference = reference
         self.reference_digest = reference_digest(reference)
         self._signatures, self._signed_by = signatures, signed_by
-        self._in_force = reference.at(self._clock())
+        self._in_force = reference.at(self._clock.now())
         self._await_retirement()
         self._house.set_shut("reference", None)
         self._house.new_reference()
@@ -322,24 +319,18 @@ class Custody:
 
     # ── Retirement ────────────────────────────────────────────────────────────────────────────────
 
-    def _clock(self) -> int:
-        """Unix time that goes back neither while the vault lives nor behind the ledger's last retirement:
-        what has retired stays retired."""
-        self._now = max(self._now, int(time.time()))
-        return self._now
-
     def _await_retirement(self) -> None:
         self._retirement.cancel()
-        due = None if self.reference is None else self.reference.next_change(self._now)
+        due = None if self.reference is None else self.reference.next_change(self._clock.last)
         if due is not None:
             wait = min(max(due - time.time(), 0.0), RETIRE_CHECK_S)
             self._retirement = self._loop.call_after(wait, self._on_retirement)
 
     def _on_retirement(self) -> None:
-        reference, before = self.reference, self._now
+        reference, before = self.reference, self._clock.last
         if reference is None:
             return
-        now = self._clock()
+        now = self._clock.now()
         retired = sorted(
             path for path, times in reference.retire.items() if any(before < t <= now for t in times.values())
         )
@@ -379,13 +370,3 @@ class Custody:
             pcrs=self._tpm.sealed_to,
         )
         return Appraiser(self._in_force, rules)
-
-    def identity(self) -> ChannelIdentity:
-        """A certificate for a worker.
-
-        Raises:
-            UnavailableError: the keys have not been unsealed since the start.
-        """
-        if self.channel_ca is None:
-            raise UnavailableError("the channel CA is not available")
-        return self.channel_ca.issue(utc_now())

@@ -19,11 +19,13 @@ from hostd.core.findings import Component, Kind, process_of
 from hostd.ipc import enrolling as enr
 from hostd.ipc import operating as adm
 from hostd.ipc.channel import Channel, ChannelError
+from hostd.ipc.channel_ca import ChannelCommand
 from hostd.ipc.connect import accept, listen
 from hostd.ipc.manifest_status import ManifestStatus
 from hostd.ipc.serving import Fault, Receipt, Reply
 from hostd.vault import manifests, standing
 from hostd.vault.baseline import Capture
+from hostd.vault.channelkeeper import ChannelKeeper
 from hostd.vault.done import Done
 from hostd.vault.enrolment import EnrolmentDesk
 from hostd.vault.explain import explain, finding_lines
@@ -83,6 +85,7 @@ class Operators:
             adm.ClearDrift: self._clear_drift,
             **dict.fromkeys(LedgerDesk.COMMANDS, self._on_ledger),
             **dict.fromkeys(EnrolmentDesk.COMMANDS, self._on_enrolment),
+            **dict.fromkeys(ChannelKeeper.COMMANDS, self._on_channel),
             adm.TrustBundle: self._trust_bundle,
         }
         self._gated: dict[type, Callable[[Any, int], Done]] = {
@@ -331,14 +334,18 @@ class Operators:
 
         self._enrolment.answer(command, connection.officer.principal, told)
 
+    def _on_channel(self, connection: _Connection, seq: int, command: ChannelCommand) -> None:
+        keeper = self._vault.custody.channel
+        self._answer(connection, seq, keeper.answer(command, connection.officer.principal))
+
     def _trust_bundle(self, connection: _Connection, seq: int, _command: adm.TrustBundle) -> None:
         vault, custody = self._vault, self._vault.custody
-        if custody.channel_ca is None or custody.reference is None:
+        if custody.channel.ca is None or custody.reference is None:
             raise UnavailableError("the keys are not unsealed or no reference values are in force")
         bundle = TrustBundle(
             require=frozenset({*vault.config.measure.require, *map(str, ALWAYS)}),
             aks=(vault.tpm.record.ak_public,),
-            channel_ca=custody.channel_ca.certificate_der,
+            channel_ca=custody.channel.ca.certificate_der,
             pcrs=tuple((i, frozenset({v})) for i, v in sorted(vault.tpm.sealed_to.items())),
             reference=frozenset({custody.reference_digest}),
             ledger=(str(vault.checkpoints.key()),),

@@ -141,7 +141,7 @@ class Vault:
             membership=self.membership,
             gate=self.gate,
             allowance=Allowance(),
-            unsettled=self._unsettled,
+            unsettled=lambda: self.batches.unsettled,
         )
         self.attesting = Attesting(
             self.tpm, loop, self.heads, self.ledger, config.gate, found=self.found, shut=self._ledger_failed
@@ -171,6 +171,7 @@ class Vault:
             kick=self.kick,
         )
         self.broker = BrokerLink(self, loop, config.run / "broker.sock", gateway_uid=config.uid_of("gateway"))
+        self.custody.channel.changed = self.broker.renew
         self._awake = loop.call_after(0.0, self.kick)
         self.record("start", detail="vault started")
         self.drift.go_on()
@@ -222,11 +223,8 @@ class Vault:
     def _apply_shut(self) -> None:
         self.gate.shut = next(iter(self.shut_reasons.values()), None)
 
-    def _unsettled(self) -> tuple[range, ...]:
-        return self.batches.unsettled
-
     def _evidence_digest(self, passed: Pass) -> bytes:
-        return pass_digest(passed, self.custody.reference_digest, self.custody.channel_ca_digest)
+        return pass_digest(passed, self.custody.reference_digest, self.custody.channel.digest)
 
     def new_reference(self) -> None:
         """Other reference values are in force: everything is judged anew."""
@@ -312,7 +310,7 @@ class Vault:
         self.measuring.who(cid, pid, told)
 
     def identity(self) -> serving.ChannelIdentity:
-        return self.custody.identity()
+        return self.custody.channel.identity()
 
     def on_gone(self, caller: Caller) -> None:
         if all(c.closed or c.caller != caller for c in self.broker.channels):

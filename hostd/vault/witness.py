@@ -129,7 +129,8 @@ class Witness:
 
     def _quote(self, channel: WorkerChannel, seq: int, nonce: bytes, asked: int) -> None:
         custody = self._custody
-        if custody.channel_ca is None:
+        ca = custody.channel.ca
+        if ca is None:
             channel.refuse(seq, UnavailableError("the keys have not been unsealed"))
             self._quoted(channel.caller, failed=False)
             return
@@ -143,7 +144,7 @@ class Witness:
             ledger=self._ledger,
             tpm=self._tpm.record,
             host_certificate=self._tpm.host_certificate,
-            channel_ca=custody.channel_ca.certificate_der,
+            channel_ca=ca.certificate_der,
             reference=None if custody.reference is None else custody.reference_digest,
         )
 

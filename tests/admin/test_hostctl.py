@@ -26,3 +26,9 @@ def test_drift_is_not_cleared_without_a_reason(reason: str) -> None:
     done = CliRunner().invoke(cli, ["drift", "clear", "files", "--reason", reason])
     assert done.exit_code == 2
     assert "say why it may go on" in done.output
+
+
+def test_a_channel_ca_is_prepared_or_put_into_force() -> None:
+    done = CliRunner().invoke(cli, ["channel", "rotate", "--prepare", "--commit"])
+    assert done.exit_code == 2
+    assert "not both" in done.output

@@ -34,6 +34,7 @@ from hostd.ipc.serving import (
     FromWorker,
     OpenChannel,
     Receipt,
+    Renew,
     Reply,
     Unbound,
 )
@@ -246,6 +247,17 @@ class SimulatedVault:
 
     def unbind(self, bind: int, reason: str = "gone") -> None:
         self.do(lambda: self._by_bind[bind][0].send(Unbound(bind, reason)))
+
+    def rotate(self) -> ChannelCa:
+        """Another channel CA from now on; gives the one before."""
+
+        def job() -> None:
+            for link in {link for link, _ in self._by_bind.values()}:
+                link.send(Renew())
+
+        before, self.ca = self.ca, ChannelCa()
+        self.do(job)
+        return before
 
     def _ring(self, _events: int) -> None:
         self._bell.recv(4096)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -266,6 +267,23 @@ def test_a_worker_retires_before_its_certificate_ends(gateway: GatewayProcess, v
             assert old.closed()  # when its certificate ends
             assert "ok" in new.ask(RANDOM)
         wait_for(lambda: worker not in gateway.workers())
+
+
+def test_another_channel_ca_ends_no_connection(gateway: GatewayProcess, vault: SimulatedVault) -> None:
+    """Open connections go on; new ones are a new worker's, with a certificate by the new CA."""
+    with Guest(gateway.path, vault.ca.pem) as old:
+        (worker,) = gateway.workers()
+        before = vault.rotate()
+        wait_for(lambda: _connects(gateway, vault))
+        with pytest.raises(ssl.SSLCertVerificationError):
+            Guest(gateway.path, before.pem)
+        with Guest(gateway.path, vault.ca.pem) as new:
+            assert len(vault.binds) == 2
+            assert len(gateway.workers()) == 2
+            for guest in (old, new, old):
+                assert "ok" in guest.ask(RANDOM)
+        assert worker in gateway.workers()
+        assert "ok" in old.ask(RANDOM)
 
 
 def test_an_encrypted_or_foreign_key_ends_the_worker(gateway: GatewayProcess, vault: SimulatedVault) -> None:

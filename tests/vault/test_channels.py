@@ -195,6 +195,20 @@ def test_a_descriptor_of_the_wrong_kind_is_refused_and_closed(
     assert isinstance(broker.ask(serving.Bind(2, 0, 5, UID)), serving.Bound)
 
 
+def test_the_broker_is_told_of_another_channel_ca_after_what_was_bound(
+    broker: Broker, link: BrokerLink, loop: Loop
+) -> None:
+    link.renew()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        broker.bind(serving.Bind(1, 0, 5, UID), theirs.fileno())
+        heard: list[object] = []
+        run_until(loop, lambda: len(heard) >= 2 or bool(heard.extend(broker.channel.receive())))
+        link.renew()
+        run_until(loop, lambda: len(heard) >= 3 or bool(heard.extend(broker.channel.receive())))
+    assert heard == [serving.Renew(), serving.Bound(1, f'Host::"uid:{UID}"'), serving.Renew()]
+
+
 def test_a_bind_without_a_descriptor_ends_the_link(
     broker: Broker, link: BrokerLink, desk: SimulatedDesk
 ) -> None:

@@ -67,7 +67,9 @@ class Bench:
         self.gate = make_gate()
         self.tpm = SimulatedTpm()
         custody = SimpleNamespace(
-            channel_ca=SimpleNamespace(certificate_der=b"ca"), reference=None, reference_digest=bytes(32)
+            channel=SimpleNamespace(ca=SimpleNamespace(certificate_der=b"ca")),
+            reference=None,
+            reference_digest=bytes(32),
         )
         self.witness = Witness(
             gate=self.gate,

@@ -1,0 +1,76 @@
+"""A vault's channel CA in a process of its own, rotated, and killed at the N-th thing that it does.
+
+Run as `python -m tests.vault.rotate_and_die FOLDER STEP N`: each entry in the ledger (a file here), each row
+and each commit of the store counts twice, before and after. Killed by SIGKILL at the N-th; ends by itself,
+with 0, when there are fewer. With N = 0 it only starts, and prints the digest of the CA in force.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hostd.ipc.loop import Loop
+from hostd.vault.channelkeeper import EVENT
+from hostd.vault.ledger import Entry
+from tests.vault.support_channel import Desk
+
+
+class Deaths:
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.count = 0
+
+    def point(self) -> None:
+        self.count += 1
+        if self.count == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(self, thing: Any, name: str) -> None:
+        done = getattr(thing, name)
+
+        def wrapped(*arguments: Any, **more: Any) -> Any:
+            self.point()
+            result = done(*arguments, **more)
+            self.point()
+            return result
+
+        setattr(thing, name, wrapped)
+
+
+class Written(Desk):
+    """Its ledger's last entry is in a file."""
+
+    def __init__(self, folder: Path, loop: Loop) -> None:
+        self.path = folder / "last"
+        last = msgspec.json.decode(self.path.read_bytes(), type=Entry) if self.path.exists() else None
+        super().__init__(folder, loop, last)
+
+    def record(self, event: str, *, principal: str = "", detail: str = "") -> int:
+        seq = super().record(event, principal=principal, detail=detail)
+        if event == EVENT:
+            self.path.write_bytes(msgspec.json.encode(self.last))
+        return seq
+
+
+def main(folder: Path, step: str, at: int) -> None:
+    deaths, loop = Deaths(at), Loop()
+    desk = Written(folder, loop)
+    desk.unseal()
+    if at:
+        deaths.around(desk.keeper, "_record")
+        deaths.around(desk.store, "set_meta")
+        deaths.around(desk.store, "commit")
+        desk.rotate(step)  # type: ignore[arg-type]
+    print(desk.keeper.digest.hex())
+    desk.close()
+    loop.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

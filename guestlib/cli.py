@@ -49,6 +49,9 @@ _HINTS: Final[dict[type[errors.HostdError], str]] = {
     errors.VerificationError: "do not use this host until you know why (the steps are in docs/protocol.md)",
 }
 
+_OF_THE_BUNDLE: Final = (Step.REFERENCE, Step.CHANNEL_CA)
+"""Steps that fail when the host has changed since its bundle was made."""
+
 
 def exit_code(error: errors.HostdError) -> int:
     if isinstance(error, errors.VerificationError):
@@ -73,9 +76,9 @@ def read_trust(options: argparse.Namespace) -> Trust:
     bundle = read_bundle(options.trust)
     if not options.channel_ca_only:
         return Trust.attested(bundle)
-    if bundle.channel_ca is None:
+    if not bundle.channel_cas:
         raise UsageError(f"{options.trust}: it pins no `channel_ca`")
-    return Trust.channel_ca(ssl.DER_cert_to_PEM_cert(bundle.channel_ca))
+    return Trust.channel_ca("".join(map(ssl.DER_cert_to_PEM_cert, bundle.channel_cas)))
 
 
 def key_line(key: messages.KeyInfo) -> str:
@@ -301,8 +304,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except errors.HostdError as error:
         hints = [*getattr(options, "hints", {}).items(), *_HINTS.items()]
         hint = next((text for cls, text in hints if isinstance(error, cls)), None)
-        if isinstance(error, errors.VerificationError) and error.step == Step.REFERENCE:
-            hint = f"a new manifest needs a new trust bundle, from the host's operators; else {hint}"
+        old = isinstance(error, errors.ChannelChangedError) and options.channel_ca_only
+        if isinstance(error, errors.VerificationError) and (old or error.step in _OF_THE_BUNDLE):
+            hint = (
+                "a new manifest or a new channel CA needs a new trust bundle, from the host's operators; "
+                f"else {hint}"
+            )
         return fail(str(error), hint, exit_code(error))
     except BrokenPipeError:
         # Nothing more can be written: neither the rest, nor the flush at exit.

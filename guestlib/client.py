@@ -16,7 +16,14 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from guestlib.batch import BatchOperations
-from guestlib.errors import HostdError, InvalidSignatureError, TransportError, UnavailableError
+from guestlib.errors import (
+    ChannelChangedError,
+    HostdError,
+    InvalidSignatureError,
+    TransportError,
+    UnavailableError,
+)
+from guestlib.host import HostOperations, fetch_evidence
 from guestlib.link import Address, Link, Pending
 from guestlib.receipts import ReceiptOperations
 from guestlib.wire import messages
@@ -45,8 +52,6 @@ DEFAULT_TIMEOUT_S: Final = 30.0
 CONNECT_TRIES: Final = 4
 CONNECT_PAUSE_S: Final = 0.1
 """Before the second try; doubled for each further one."""
-MAX_LOG_BYTES: Final = 256 << 20
-"""The longest IMA log taken from a host."""
 _MAX_DEADLINE_MS: Final = 600_000
 
 R = TypeVar("R", bound=Result)
@@ -83,7 +88,7 @@ class Handle:
             return self.result()
 
 
-class Client(BatchOperations, ReceiptOperations):
+class Client(BatchOperations, HostOperations, ReceiptOperations):
     """A client of the hostd at `address`, believed because of `trust`.
 
     Nothing is sent before the first request. `timeout_s` bounds every request, the connecting
@@ -109,6 +114,8 @@ class Client(BatchOperations, ReceiptOperations):
         self._name = name[:64]
         self._receipts: ReceiptWanted = receipts
         self._link: Link | None = None
+        self._left: list[Link] = []
+        """Connections that were given up for a newer one, and may still have answers to give."""
         self._connecting = threading.Lock()
         self._closed = False
 
@@ -122,9 +129,9 @@ class Client(BatchOperations, ReceiptOperations):
         """Ends the connection; requests that wait raise `TransportError`."""
         self._closed = True
         with self._connecting:
-            if self._link is not None:
-                self._link.close()
-                self._link = None
+            for link in (*self._left, *([] if self._link is None else [self._link])):
+                link.close()
+            self._link, self._left = None, []
 
     # ── Connection ────────────────────────────────────────────────────────────────────────────────
 
@@ -147,7 +154,7 @@ class Client(BatchOperations, ReceiptOperations):
                 try:
                     self._link = self._open(until - time.monotonic())
                     return self._link
-                except (TransportError, UnavailableError):
+                except (TransportError, UnavailableError, ChannelChangedError):
                     if last or time.monotonic() + pause >= until:
                         raise
                 time.sleep(pause)
@@ -160,11 +167,21 @@ class Client(BatchOperations, ReceiptOperations):
         until = time.monotonic() + timeout_s
         link = Link.open(self._address, self._context, self._name, timeout_s)
         try:
-            self._trust.admit(link.peer_certificate, lambda nonce: _fetch_evidence(link, nonce, until))
+            self._trust.admit(link.peer_certificate, lambda nonce: fetch_evidence(link, nonce, until))
         except HostdError:
             link.close()
             raise
         return link
+
+    def _leave(self, link: Link) -> None:
+        """No new requests on this connection; those that wait on it get their answers."""
+        with self._connecting:
+            if self._link is link:
+                for old in [old for old in self._left if not old.busy]:
+                    old.close()
+                    self._left.remove(old)
+                self._left.append(link)
+                self._link = None
 
     def _send(
         self,
@@ -316,51 +333,6 @@ class Client(BatchOperations, ReceiptOperations):
 
     def random(self, length: int) -> messages.Random:
         return self._call(messages.Random, "GenerateRandom", length=length)
-
-    # ── The host ──────────────────────────────────────────────────────────────────────────────────
-
-    def health(self) -> messages.Health:
-        """Works when the host has drifted, to say why."""
-        return self._call(messages.Health, "Health")
-
-    def evidence(self, nonce: bytes) -> tuple[bytes, bytes]:
-        """Fresh evidence over `nonce` and the IMA log it speaks of, unverified (`guestlib.attest`)."""
-        until = time.monotonic() + self._timeout_s
-        return _fetch_evidence(self._connected(until), nonce, until)
-
-    def peer_certificate(self) -> bytes:
-        """The leaf certificate of the present connection, DER."""
-        return self._connected(time.monotonic() + self._timeout_s).peer_certificate
-
-
-def _fetch_evidence(link: Link, nonce: bytes, until: float) -> tuple[bytes, bytes]:
-    """Evidence and log over one connection.
-
-    Raises:
-        TransportError: the log is over the limit, or shorter than the evidence says.
-    """
-
-    def ask(kind: type[R], operation: str, **args: Any) -> R:
-        left = until - time.monotonic()
-        if left <= 0:
-            raise TransportError("no answer in time")
-        pending = link.submit(operation, args, receipt="none", deadline_ms=0, timeout_s=left)
-        result = link.wait(pending, left)
-        if not isinstance(result, kind):
-            raise TransportError("the host's answer has an unexpected shape")
-        return result
-
-    evidence = ask(messages.Evidence, "GetEvidence", nonce=nonce)
-    if evidence.log_bytes > MAX_LOG_BYTES:
-        raise TransportError("the host's measurement log is over the limit")
-    log = bytearray()
-    while len(log) < evidence.log_bytes:
-        chunk = ask(messages.EvidenceChunk, "GetEvidenceLog", offset=len(log))
-        if not chunk.data:
-            raise TransportError("the host's measurement log ends before its length")
-        log += chunk.data
-    # The log grows while it is fetched; the evidence speaks of its first part.
-    return evidence.evidence, bytes(log[: evidence.log_bytes])
 
 
 def _settled(handle: Handle) -> Result | HostdError:

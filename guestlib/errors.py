@@ -136,6 +136,11 @@ class VerificationError(HostdError):
         self.step = step
 
 
+class ChannelChangedError(VerificationError):
+    """The connection's certificate is by another channel CA than the one that was to be. The host's has
+    changed since the connection began, or since the pinned one was; or it is not that host."""
+
+
 class InvalidSignatureError(VerificationError):
     """A signature or MAC does not belong to the message and the key. hostd answered so; nothing failed."""
 

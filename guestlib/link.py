@@ -15,7 +15,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from guestlib.errors import HostdError, TransportError
+from guestlib.attest.steps import Step
+from guestlib.errors import ChannelChangedError, HostdError, TransportError, VerificationError
 from guestlib.trust import SERVER_NAME
 from guestlib.wire.session import ClientSession, Phase
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
     from guestlib.wire.messages import Hello, ReceiptWanted, Result
 
+_OTHER_ISSUER: Final = frozenset({7, 18, 19, 20, 21, 30})
+"""Results of X509_verify_cert(3) that say that no trusted CA issued it: a signature that is not the CA's, a
+CA that is not known, a key identifier that is another's."""
 HOST_CID: Final = 2
 """VMADDR_CID_HOST: the host, seen from a guest (vsock(7))."""
 DEFAULT_PORT: Final = 7700
@@ -99,6 +103,8 @@ class Link:
 
         Raises:
             TransportError: any of it failed or took longer than `timeout_s`.
+            VerificationError: the certificate is not one that `context` takes (`ChannelChangedError`: it is
+                by another CA).
             HostdError: the host refused.
         """
         deadline = time.monotonic() + timeout_s
@@ -196,6 +202,12 @@ class Link:
                 with self._state:
                     self._reading = False
                     self._state.notify_all()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits for its answer here."""
+        with self._state:
+            return bool(self._pending)
 
     @property
     def usable(self) -> bool:
@@ -312,6 +324,8 @@ class Link:
                 if not data:
                     raise TransportError("the host closed the connection") from None
                 self._incoming.write(data)
+            except ssl.SSLCertVerificationError as error:
+                raise _not_believed(error) from error
             except ssl.SSLError as error:
                 raise TransportError(f"TLS: {error.reason or error}") from error
             else:
@@ -343,6 +357,16 @@ class Link:
     def close(self) -> None:
         self._die(TransportError("closed by this side"))
         self._sock.close()
+
+
+def _not_believed(error: ssl.SSLCertVerificationError) -> VerificationError:
+    if error.verify_code in _OTHER_ISSUER:
+        return ChannelChangedError(
+            Step.CHANNEL,
+            "not issued by a pinned channel CA: the host's channel CA has changed since it was pinned, or it "
+            f"is another host ({error.verify_message})",
+        )
+    return VerificationError(Step.CHANNEL, error.verify_message)
 
 
 def _ready(sock: socket.socket, events: int, timeout_s: float) -> int:

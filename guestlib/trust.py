@@ -1,7 +1,7 @@
 """Whom a client believes to be hostd: always said, never assumed.
 
-`Trust.channel_ca(pem)`: the server's certificate must be issued by this host's channel CA. Needs
-nothing but the standard library; whoever gave the PEM vouches for the host.
+`Trust.channel_ca(pem)`: the server's certificate must be issued by this host's channel CA (one of them: a
+host's can change). Needs nothing but the standard library; whoever gave the PEM vouches for the host.
 `Trust.attested(bundle)`: the host proves, before anything else is said on the connection, with a
 TPM quote over its measurements, that the certificate belongs to a measured hostd. Needs `cryptography`.
 
@@ -43,7 +43,7 @@ class Trust(ABC):
 
     @staticmethod
     def channel_ca(pem: str) -> Trust:
-        """Pins the channel CA's certificate."""
+        """Pins the channel CA's certificate; of several in a row any will do."""
         return _ChannelCa(pem)
 
     @staticmethod

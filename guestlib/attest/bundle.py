@@ -6,7 +6,7 @@
      "host_roots": [PEM, …],                      CAs whose host certificates stand for a pinned key
      "hosts": [name, …],                          of the hosts that these certify; only with host_roots
      "ek_roots": [PEM, …],                        the TPM's endorsement certificate must chain to one
-     "channel_ca": PEM,                           the channel CA itself is pinned
+     "channel_ca": PEM or [PEM, …],               the channel CA itself is pinned: it is one of these
      "pcrs": {"7": [hex, …]},                     accepted values of PCRs of the SHA-256 bank
      "reference": [hex, …],                       accepted digests of reference values
      "ledger": [key, …]}                          keys that sign checkpoints of the ledger (`notekey`)
@@ -58,7 +58,8 @@ class TrustBundle:
     require: frozenset[str]
     aks: tuple[bytes, ...] = ()
     ek_roots: tuple[bytes, ...] = ()
-    channel_ca: bytes | None = None
+    channel_cas: tuple[bytes, ...] = ()
+    """More than one while another is to come into force: whichever it is, is accepted."""
     pcrs: tuple[tuple[int, frozenset[bytes]], ...] = ()
     reference: frozenset[bytes] = frozenset()
     ledger: tuple[str, ...] = ()
@@ -68,7 +69,7 @@ class TrustBundle:
     def __post_init__(self) -> None:
         if not self.require or not all(_COMPONENT.fullmatch(component) for component in self.require):
             raise ValueError("require must name components, at least one")
-        if not (self.aks or self.host_roots or self.ek_roots) and self.channel_ca is None:
+        if not (self.aks or self.host_roots or self.ek_roots or self.channel_cas):
             raise ValueError("nothing is pinned: no aks, no host_roots, no ek_roots, no channel_ca")
         if not all(_HOST.fullmatch(host) for host in self.hosts):
             raise ValueError("hosts: not a host's name")
@@ -102,8 +103,10 @@ def encode_bundle(bundle: TrustBundle) -> bytes:
         fields["hosts"] = sorted(bundle.hosts)
     if bundle.ek_roots:
         fields["ek_roots"] = [ssl.DER_cert_to_PEM_cert(root) for root in bundle.ek_roots]
-    if bundle.channel_ca is not None:
-        fields["channel_ca"] = ssl.DER_cert_to_PEM_cert(bundle.channel_ca)
+    if bundle.channel_cas:
+        # One is written as it always was, for verifiers that know no list.
+        pinned = [ssl.DER_cert_to_PEM_cert(ca) for ca in bundle.channel_cas]
+        fields["channel_ca"] = pinned[0] if len(pinned) == 1 else pinned
     if bundle.pcrs:
         fields["pcrs"] = {str(index): sorted(v.hex() for v in values) for index, values in bundle.pcrs}
     if bundle.reference:
@@ -126,12 +129,11 @@ def _bundle(fields: Any) -> TrustBundle:
     unknown = sorted(fields.keys() - _FIELDS)
     if unknown:
         raise ValueError(f"unknown field {unknown[0]!r}")
-    channel_ca = fields.get("channel_ca")
     return TrustBundle(
         require=frozenset(_strings(fields, "require", required=True)),
         aks=tuple(_structure(text) for text in _strings(fields, "aks")),
         ek_roots=tuple(_certificate(text) for text in _strings(fields, "ek_roots")),
-        channel_ca=None if "channel_ca" not in fields else _certificate(channel_ca),
+        channel_cas=_channel_cas(fields["channel_ca"]) if "channel_ca" in fields else (),
         pcrs=_pcrs(fields["pcrs"]) if "pcrs" in fields else (),
         reference=frozenset(_sha256(text) for text in _strings(fields, "reference")),
         ledger=tuple(str(parse_key(text)) for text in _strings(fields, "ledger")),
@@ -169,6 +171,12 @@ def _certificate(text: Any) -> bytes:
     if text.count("-----BEGIN") != 1 or not der:
         raise ValueError("not exactly one certificate")
     return der
+
+
+def _channel_cas(value: Any) -> tuple[bytes, ...]:
+    if isinstance(value, list):
+        return tuple(_certificate(text) for text in _string_list(value, "channel_ca"))
+    return (_certificate(value),)
 
 
 def _sha256(text: str) -> bytes:

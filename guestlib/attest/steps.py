@@ -33,6 +33,6 @@ class Step(enum.StrEnum):
     CLAIMS = "12 claims"
     """Every component that the bundle requires is verified."""
     CHANNEL_CA = "13 channel CA"
-    """The channel CA in the evidence is a CA, and the pinned one if the bundle pins one."""
+    """The channel CA in the evidence is a CA, and a pinned one if the bundle pins any."""
     CHANNEL = "14 channel certificate"
     """The certificate of this connection was issued by the channel CA of the evidence."""

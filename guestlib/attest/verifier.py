@@ -16,7 +16,7 @@
 10. freshness: issued within `MAX_AGE` before and `MAX_SKEW` after now.
 11. reference values: if the bundle names digests, those in force are among them.
 12. claims: every required component is `verified`.
-13. channel CA: the certificate is a CA's, valid now, and the pinned one if the bundle pins one.
+13. channel CA: the certificate is a CA's, valid now, and a pinned one if the bundle pins any.
 
 `verify_channel` is step 14. No step is optional for the caller; what the bundle leaves out it leaves out in
 writing. Pure: bytes, the bundle, nonce and time come in as arguments.
@@ -42,7 +42,7 @@ from guestlib.attest.hostcert import HostCertificate, verify_host_certificate
 from guestlib.attest.quote import VerifiedQuote, attestation_key, verify_quote
 from guestlib.attest.steps import Step
 from guestlib.attest.tpm2 import RH_ENDORSEMENT, parse_public, qualified_name
-from guestlib.errors import MalformedError, VerificationError
+from guestlib.errors import ChannelChangedError, MalformedError, VerificationError
 
 MAX_AGE: Final = datetime.timedelta(minutes=5)
 """The nonce proves that the quote is fresh; this bounds how far the two clocks may be apart."""
@@ -227,8 +227,12 @@ def _verify_claims(statement: Statement, bundle: TrustBundle) -> None:
 
 
 def _verify_channel_ca(statement: Statement, bundle: TrustBundle, now: datetime.datetime) -> bytes:
-    if bundle.channel_ca is not None and statement.channel_ca != bundle.channel_ca:
-        raise VerificationError(Step.CHANNEL_CA, "the channel CA is not the pinned one")
+    if bundle.channel_cas and statement.channel_ca not in bundle.channel_cas:
+        raise VerificationError(
+            Step.CHANNEL_CA,
+            "the channel CA is not the pinned one: the host's channel CA has changed since the trust "
+            "bundle was made, or it is another host's",
+        )
     ca = load_certificate(statement.channel_ca, Step.CHANNEL_CA)
     ca.check_valid(now, Step.CHANNEL_CA)
     try:
@@ -246,14 +250,20 @@ def verify_channel(verified: VerifiedEvidence, leaf_der: bytes, now: datetime.da
     the evidence's channel CA, for a server, and is valid now.
 
     Raises:
-        VerificationError: it was not: the connection does not end in the host that gave the evidence.
+        ChannelChangedError: another CA issued it: the connection does not end in the host that gave the
+            evidence, or began before that host's channel CA changed. A new connection tells which.
+        VerificationError: it is no server's certificate, or not valid now.
     """
     leaf = load_certificate(leaf_der, Step.CHANNEL)
     ca = load_certificate(verified.statement.channel_ca, Step.CHANNEL)
     try:
         leaf.certificate.verify_directly_issued_by(ca.certificate)
     except UNREADABLE as error:
-        raise VerificationError(Step.CHANNEL, "not issued by the channel CA of the evidence") from error
+        raise ChannelChangedError(
+            Step.CHANNEL,
+            "not issued by the channel CA of the evidence: the host's channel CA has changed since this "
+            "connection began (connect again), or the connection does not end in that host",
+        ) from error
     leaf.check_valid(now, Step.CHANNEL)
     ca.check_valid(now, Step.CHANNEL)
     try:

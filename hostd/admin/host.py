@@ -249,7 +249,7 @@ def certified_bundle(document: bytes, roots: Sequence[Path], hosts: Sequence[str
         bundle = replace(
             parse_bundle(document),
             aks=(),
-            channel_ca=None,
+            channel_cas=(),
             ledger=(),
             host_roots=found,
             hosts=frozenset(hosts),

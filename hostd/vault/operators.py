@@ -345,7 +345,7 @@ class Operators:
         bundle = TrustBundle(
             require=frozenset({*vault.config.measure.require, *map(str, ALWAYS)}),
             aks=(vault.tpm.record.ak_public,),
-            channel_ca=custody.channel.ca.certificate_der,
+            channel_cas=custody.channel.pinned,
             pcrs=tuple((i, frozenset({v})) for i, v in sorted(vault.tpm.sealed_to.items())),
             reference=frozenset({custody.reference_digest}),
             ledger=(str(vault.checkpoints.key()),),

@@ -570,7 +570,7 @@ def test_what_cannot_be_proved(desk: Desk) -> None:
 
 def test_offline_from_the_command_line(desk: Desk, tmp_path: Path) -> None:
     trust, proof = tmp_path / "trust.json", tmp_path / "proof.json"
-    bundle = json.loads(encode_bundle(replace(desk.bundle, channel_ca=None, aks=(b"x",))))
+    bundle = json.loads(encode_bundle(replace(desk.bundle, channel_cas=(), aks=(b"x",))))
     trust.write_text(json.dumps(bundle))
     proof.write_text(json.dumps(proof_of(desk, 4)))
     run = CliRunner()

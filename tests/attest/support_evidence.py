@@ -135,7 +135,7 @@ class Host:
             require=frozenset({"posture", "ima", "files"}),
             aks=(self.tpm.record.ak_public,),
             ek_roots=(self.ek_root,),
-            channel_ca=self.ca,
+            channel_cas=(self.ca,),
             pcrs=((7, frozenset({self.tpm.read_pcrs((7,))[7], bytes([9]) * 32})),),
             reference=frozenset({hashlib.sha256(b"reference").digest()}),
         )

@@ -229,7 +229,7 @@ def test_binding_refuses_other_lengths() -> None:
 def test_bundle_round_trip(host: Host) -> None:
     for bundle in (
         host.bundle(),
-        TrustBundle(require=frozenset({"files"}), channel_ca=host.ca),
+        TrustBundle(require=frozenset({"files"}), channel_cas=(host.ca,)),
         TrustBundle(require=frozenset({"files"}), aks=(b"\0\1x",)),
     ):
         assert parse_bundle(encode_bundle(bundle)) == bundle
@@ -260,6 +260,8 @@ def good(host: Host) -> dict[str, Any]:
         {"ek_roots": ["no PEM"]},
         {"channel_ca": None},
         {"channel_ca": ["x"]},
+        {"channel_ca": []},
+        {"channel_ca": {}},
         {"channel_ca": "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n"},
         {"pcrs": {}},
         {"pcrs": []},
@@ -297,6 +299,18 @@ def test_two_certificates_in_one_place(host: Host) -> None:
     pem = ssl.DER_cert_to_PEM_cert(host.ca)
     with pytest.raises(MalformedError):
         parse_bundle(json.dumps(good(host) | {"channel_ca": pem + pem}).encode())
+
+
+def test_one_channel_ca_is_written_as_it_always_was_and_more_are_a_list(host: Host) -> None:
+    pem = ssl.DER_cert_to_PEM_cert(host.ca)
+    one = good(host)
+    assert one["channel_ca"] == pem
+    other = host.leaf()
+    both = host.bundle(channel_cas=(host.ca, other))
+    written = json.loads(encode_bundle(both))
+    assert written["channel_ca"] == [pem, ssl.DER_cert_to_PEM_cert(other)]
+    assert parse_bundle(encode_bundle(both)) == both
+    assert parse_bundle(json.dumps(one | {"channel_ca": [pem]}).encode()) == host.bundle()
 
 
 def test_a_key_given_twice(host: Host) -> None:

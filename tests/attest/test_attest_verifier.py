@@ -19,7 +19,7 @@ from guestlib.attest.ekcert import verify_ek_certificate
 from guestlib.attest.evidence import Status, encode_evidence, parse_evidence
 from guestlib.attest.steps import Step
 from guestlib.attest.verifier import VerifiedEvidence, verify_channel, verify_evidence
-from guestlib.errors import VerificationError
+from guestlib.errors import ChannelChangedError, VerificationError
 
 
 def verify(host: Host, evidence: bytes | None = None, **changes: Any) -> VerifiedEvidence:
@@ -203,8 +203,12 @@ def test_13_channel_ca(host: Host) -> None:
     other = ec.generate_private_key(ec.SECP256R1())
     stranger = certificate("other CA", other, "other CA", other, ca=True)
     assert "not the pinned" in refused(Step.CHANNEL_CA, host, host.evidence(channel_ca=stranger))
-    verify(host, host.evidence(channel_ca=stranger), bundle=host.bundle(channel_ca=None))
-    open_bundle = {"bundle": host.bundle(channel_ca=None)}
+    assert "channel CA has changed" in refused(Step.CHANNEL_CA, host, host.evidence(channel_ca=stranger))
+    verify(host, host.evidence(channel_ca=stranger), bundle=host.bundle(channel_cas=()))
+    for both in ((host.ca, stranger), (stranger, host.ca)):
+        verify(host, host.evidence(channel_ca=stranger), bundle=host.bundle(channel_cas=both))
+        verify(host, bundle=host.bundle(channel_cas=both))
+    open_bundle = {"bundle": host.bundle(channel_cas=())}
     past = certificate("CA", other, "CA", other, ca=True, start=NOW - 2 * HOUR, end=NOW - HOUR)
     plain = certificate("CA", other, "CA", other, ca=True, extensions=False)
     for broken in (past, plain, host.leaf(), b"x", host.ca[:-1], host.ca + b"x"):
@@ -231,7 +235,7 @@ def test_13_a_serial_number_is_positive(host: Host) -> None:
     at = host.ca.index(serial.to_bytes(-(-serial.bit_length() // 8), "big"))
     negative = host.ca[:at] + bytes([host.ca[at] | 0x80]) + host.ca[at + 1 :]
     said = refused(
-        Step.CHANNEL_CA, host, host.evidence(channel_ca=negative), bundle=host.bundle(channel_ca=None)
+        Step.CHANNEL_CA, host, host.evidence(channel_ca=negative), bundle=host.bundle(channel_cas=())
     )
     assert "serial" in said
 
@@ -260,6 +264,11 @@ def test_14_channel(host: Host) -> None:
         with pytest.raises(VerificationError) as caught:
             verify_channel(verified, der, NOW)
         assert caught.value.step == Step.CHANNEL, name
+        if name in ("another CA of that name", "another CA", "self-signed"):
+            assert isinstance(caught.value, ChannelChangedError), name
+            assert "channel CA has changed" in str(caught.value)
+        elif "flip" not in name and name != "the CA itself":
+            assert not isinstance(caught.value, ChannelChangedError), name
 
 
 def _paths(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -273,7 +282,7 @@ def test_no_field_can_be_altered(host: Host) -> None:
     fields = json.loads(host.evidence())
     # A bundle that leaves out all it may: what is left is what the TPM signed.
     bundle = host.bundle(
-        ek_roots=(), channel_ca=None, pcrs=(), reference=frozenset(), require=frozenset({"guests"})
+        ek_roots=(), channel_cas=(), pcrs=(), reference=frozenset(), require=frozenset({"guests"})
     )
     verify(host, json.dumps(fields, sort_keys=True, separators=(",", ":")).encode(), bundle=bundle)
     count = 0

@@ -39,7 +39,7 @@ NOTE = encode_checkpoint(ORIGIN, HEAD, b"ak", PUBLIC, PRIVATE.sign)
 
 
 def bundle(*keys: VerifierKey) -> TrustBundle:
-    return TrustBundle(frozenset({"x"}), channel_ca=b"x", ledger=tuple(map(str, keys or (KEY,))))
+    return TrustBundle(frozenset({"x"}), channel_cas=(b"x",), ledger=tuple(map(str, keys or (KEY,))))
 
 
 # Keys that others published: Go's note package, and the Go checksum database.
@@ -109,7 +109,7 @@ def test_who_vouches() -> None:
         with pytest.raises(VerificationError, match="no key of the trust bundle"):
             verify_checkpoint(parse_checkpoint(NOTE), bundle(unknown))
     with pytest.raises(VerificationError, match="no key of the trust bundle"):
-        verify_checkpoint(parse_checkpoint(NOTE), TrustBundle(frozenset({"x"}), channel_ca=b"x"))
+        verify_checkpoint(parse_checkpoint(NOTE), TrustBundle(frozenset({"x"}), channel_cas=(b"x",)))
 
 
 def test_a_quote_alone_vouches_for_size_and_root_only() -> None:

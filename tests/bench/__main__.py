@@ -97,8 +97,7 @@ def hosted(binary: Path) -> Iterator[Host]:
     """A whole hostd with one QEMU and an open gate, ready for `gate.run`."""
     with machine(binary), adopted(binary, Settings()) as host:
         bundle = parse_bundle((host.directory / "trust.json").read_bytes())
-        assert bundle.channel_ca is not None
-        (host.directory / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(bundle.channel_ca))
+        (host.directory / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(bundle.channel_cas[0]))
         client = host.client()
         until(lambda: client.health().gate == "open", "the gate is open")
         yield host

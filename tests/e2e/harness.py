@@ -319,8 +319,7 @@ class Host:
         bundle = parse_bundle((self.directory / "trust.json").read_bytes())
         if attested:
             return Trust.attested(bundle)
-        assert bundle.channel_ca is not None
-        return Trust.channel_ca(ssl.DER_cert_to_PEM_cert(bundle.channel_ca))
+        return Trust.channel_ca("".join(map(ssl.DER_cert_to_PEM_cert, bundle.channel_cas)))
 
     def client(self, *, attested: bool = False, timeout_s: float = 15.0) -> Client:
         """A client of this process's user."""

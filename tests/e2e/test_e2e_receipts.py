@@ -34,8 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def shared(binary: Path) -> Iterator[Host]:
     with adopted(binary, tenants=(("acme", 0), ("globex", BOB))) as host:
-        channel_ca = bundle(host).channel_ca
-        assert channel_ca is not None
+        (channel_ca,) = bundle(host).channel_cas
         (host.directory / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(channel_ca))
         yield host
 

@@ -28,8 +28,7 @@ Request = tuple[str, dict[str, Any]]
 def shared(binary: Path) -> Iterator[Host]:
     with adopted(binary, tenants=(("acme", ALICE), ("globex", BOB))) as host:
         bundle = parse_bundle((host.directory / "trust.json").read_bytes())
-        assert bundle.channel_ca is not None
-        (host.directory / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(bundle.channel_ca))
+        (host.directory / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(bundle.channel_cas[0]))
         yield host
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from hostd.core.keys import Algorithm
 from tests.gateway.conftest import GatewayProcess
-from tests.gateway.support_vault import SimulatedVault
+from tests.gateway.support_vault import ChannelCa, SimulatedVault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -165,3 +165,15 @@ def test_files(run: Callable[..., subprocess.CompletedProcess[bytes]], run_dir: 
     names = {path.name for path in run_dir.iterdir()}
     assert "back" not in names
     assert not [name for name in names if name.endswith(".part")]
+
+
+def test_another_channel_ca_is_told_as_one(
+    run: Callable[..., subprocess.CompletedProcess[bytes]], vault: SimulatedVault
+) -> None:
+    assert run("random", "4").returncode == 0
+    vault.ca = ChannelCa()
+    done = run("random", "4")
+    assert done.returncode == 6
+    assert b"14 channel certificate: " in done.stderr
+    assert b"the host's channel CA has changed" in done.stderr
+    assert b"needs a new trust bundle" in done.stderr

@@ -95,7 +95,7 @@ def run(desk: Desk, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytes
             bundle = TrustBundle(
                 require=frozenset({"files"}),
                 aks=(record.ak_public,),
-                channel_ca=place.provider.root,
+                channel_cas=(place.provider.root,),
                 pcrs=((7, frozenset({bytes(32)})),),
                 reference=frozenset({bytes(32)}),
                 ledger=(str(VerifierKey("hostd-ledger", bytes(32))),),
@@ -274,7 +274,7 @@ def test_trust_bundles(run: Run, place: Place, desk: Desk) -> None:
     assert bundle.host_roots == (place.provider.root,)
     assert bundle.hosts == {"web1", "web2"}
     # What is this host's alone is not in it; what it was reviewed for is.
-    assert (bundle.aks, bundle.channel_ca, bundle.ledger) == ((), None, ())
+    assert (bundle.aks, bundle.channel_cas, bundle.ledger) == ((), (), ())
     assert bundle.pcrs == ((7, frozenset({bytes(32)})),)
     assert bundle.reference == {bytes(32)}
     code, _out, err = run("trust", "bundle", "--host", "web1")

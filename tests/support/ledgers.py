@@ -56,7 +56,7 @@ class Desk:
 
     @property
     def bundle(self) -> TrustBundle:
-        return TrustBundle(frozenset({"x"}), channel_ca=b"x", ledger=(str(self.checkpoints.key()),))
+        return TrustBundle(frozenset({"x"}), channel_cas=(b"x",), ledger=(str(self.checkpoints.key()),))
 
     def fill(self, upto: int, *, sign: bool = True) -> None:
         while self.ledger.size < upto:

@@ -329,23 +329,27 @@ def child(folder: Path, step: str, number: int) -> subprocess.CompletedProcess[s
 
 @pytest.mark.parametrize("step", ["now", "commit"])
 def test_killed_at_any_moment_the_old_or_the_new_one_is_there(tmp_path: Path, step: str) -> None:
-    """Never none, never one that was before; and the store has one whole CA at each moment."""
+    """Never none, never one that was before; and the store has one whole CA at each moment. What was prepared
+    comes into force itself, once it is named."""
     origin = tmp_path / "origin"
     origin.mkdir()
     old = child(origin, "now", 0).stdout.strip()
     if step == "commit":
         done = child(origin, "prepare", 1000)
         assert done.stdout.strip() == old, done.stderr
+    prepared = _stored(origin)[1]
+    assert bool(prepared) == (step == "commit")
     outcomes: list[str] = []
     for number in range(1, 100):
         folder = tmp_path / str(number)
         shutil.copytree(origin, folder)
         done = child(folder, step, number)
-        in_store = _stored(folder)
+        in_store, _ = _stored(folder)
         after = child(folder, step, 0)
         assert after.returncode == 0, after.stderr
         found = after.stdout.strip()
         assert child(folder, step, 0).stdout.strip() == found
+        assert not prepared or found in (old, prepared)
         if done.returncode == 0:
             assert done.stdout.strip() == found == in_store != old
             break
@@ -358,13 +362,13 @@ def test_killed_at_any_moment_the_old_or_the_new_one_is_there(tmp_path: Path, st
     assert {"old", "other", "new"} == set(outcomes)
 
 
-def _stored(folder: Path) -> str:
-    """Digest of the CA in the store, read as a start reads it."""
+def _stored(folder: Path) -> tuple[str, str]:
+    """Digests of the CA in the store, read as a start reads it, and of the prepared one (or empty)."""
     loop = Loop()
     desk = Desk(folder, loop)
     desk.unseal()
     assert not desk.entries  # Without a ledger it believes the store, and made none.
-    digest = desk.keeper.digest.hex()
+    report = desk.show()
     desk.close()
     loop.close()
-    return digest
+    return report.ca.digest, "" if report.next is None else report.next.digest

@@ -1,8 +1,9 @@
 """Keys in memory: the root key, the tenants' key-encryption keys, and the versions in use.
 
-ROOT lives in one `SecretBuffer` (locked, not dumped, not inherited). Material is unwrapped when a
-request needs it and cached in a bounded table. `lock` wipes ROOT and drops everything else; what
-Python and OpenSSL have copied is freed, not overwritten (docs/threat-model.md, "Wiping").
+ROOT lives in a `SecretBuffer`, key-encryption keys and symmetric material in `SecretSlots` (locked, not
+dumped, not inherited). Material is unwrapped when a request needs it and cached in a bounded table. A private
+key in use is an object of OpenSSL's, in ordinary memory that OpenSSL overwrites when the object goes.
+What leaves the table is wiped; `lock` wipes everything. What remains is in docs/threat-model.md, "Wiping".
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from guestlib.errors import UnavailableError, WrongStateError
 from hostd.core.keys import Algorithm, KeyRecord, State, VersionRecord
+from hostd.platform.secretmem import SecretMemoryError, SecretSlots, Slot, wipe
 from hostd.vault import primitives
 
 if TYPE_CHECKING:
@@ -50,18 +52,27 @@ class _Unwrapped(NamedTuple):
 
     row: tuple[str, Algorithm, State, bytes]
     """Tenant, algorithm, the version's state, wrapped material."""
-    secret: bytes | primitives.PrivateKey
+    secret: Slot | primitives.PrivateKey
+
+    def wipe(self) -> None:
+        if isinstance(self.secret, Slot):
+            self.secret.wipe()
 
 
 class Keyring:
-    """Unlocked by `unlock`, empty after `lock`."""
+    """Unlocked by `unlock`, empty after `lock`.
+
+    The views that it gives are dead after `lock`, `drop` and `forget`, and when the version leaves the table:
+    a caller asks for one each time it works, and keeps none.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._root: SecretBuffer | None = None
         self._locked: frozenset[str] = frozenset()
-        self._keks: dict[tuple[str, int], bytes] = {}
-        self._salt_keys: dict[str, bytes] = {}
+        self._slots = SecretSlots(primitives.KEY_BYTES)
+        self._keks: dict[tuple[str, int], Slot] = {}
+        self._salt_keys: dict[str, Slot] = {}
         self._cache: OrderedDict[tuple[str, int, int], _Unwrapped] = OrderedDict()
         self._right: set[tuple[str, bytes, bytes]] = set()
         """(purpose, body, tag) that belong together under this ROOT."""
@@ -79,14 +90,19 @@ class Keyring:
         self._root = root
 
     def lock(self) -> None:
-        """Wipes ROOT and drops every key. Safe to call twice."""
+        """Wipes ROOT and every key. Safe to call twice."""
         self.drop()
+        self._slots.release()
         root, self._root = self._root, None
         if root is not None:
             root.wipe()
 
     def drop(self) -> None:
-        """Drops all that was unwrapped; ROOT stays. (Drift of one VM: nothing of its tenant lies about.)"""
+        """Wipes all that was unwrapped; ROOT stays. (Drift of one VM: nothing of its tenant lies about.)"""
+        for found in self._cache.values():
+            found.wipe()
+        for slot in (*self._keks.values(), *self._salt_keys.values()):
+            slot.wipe()
         self._cache.clear()
         self._keks.clear()
         self._salt_keys.clear()
@@ -99,9 +115,9 @@ class Keyring:
             self.drop()
 
     def forget(self, key_id: str) -> None:
-        """Drops the cached versions of a key."""
-        for entry in [e for e in self._cache if e[0] == key_id]:
-            del self._cache[entry]
+        """Wipes the cached versions of a key."""
+        for place in [place for place in self._cache if place[0] == key_id]:
+            self._cache.pop(place).wipe()
 
     def check_open(self, tenant: str) -> None:
         """Raises: UnavailableError, the keys are locked, or this tenant's are."""
@@ -110,7 +126,14 @@ class Keyring:
         if tenant in self._locked:
             raise UnavailableError("the tenant's keys are locked: a machine of its own has drifted")
 
-    def _kek(self, tenant: str) -> bytes:
+    def _keep(self, secret: bytearray) -> Slot:
+        """Moves 32 bytes into a slot."""
+        try:
+            return self._slots.take(secret)
+        except SecretMemoryError as error:
+            raise UnavailableError(f"no memory for keys: {error}") from error
+
+    def _kek(self, tenant: str) -> memoryview:
         if self._root is None:
             raise UnavailableError("the keys are locked")
         self.check_open(tenant)
@@ -119,12 +142,15 @@ class Keyring:
             raise UnavailableError("the tenant's key generation is unknown")
         kek = self._keks.get((tenant, generation))
         if kek is None:
-            with self._root.view() as view:
-                kek = primitives.derive_kek(
-                    view, store=self._store.store_id, tenant=tenant, generation=generation
-                )
-            self._keks[tenant, generation] = kek
-        return kek
+            kek = self._keks[tenant, generation] = self._derived(tenant, generation)
+        return kek.view
+
+    def _derived(self, tenant: str, generation: int) -> Slot:
+        assert self._root is not None
+        with self._root.view() as view:
+            return self._keep(
+                primitives.derive_kek(view, store=self._store.store_id, tenant=tenant, generation=generation)
+            )
 
     def salt(self, tenant: str, entry: int) -> bytes:
         """The salt of a tenant's ledger entry, 16 bytes: derived each time, never stored. Also while the
@@ -138,9 +164,9 @@ class Keyring:
         key = self._salt_keys.get(tenant)
         if key is None:
             with self._root.view() as view:
-                key = primitives.derive_salt_key(view, store=self._store.store_id, tenant=tenant)
+                key = self._keep(primitives.derive_salt_key(view, store=self._store.store_id, tenant=tenant))
             self._salt_keys[tenant] = key
-        return primitives.receipt_salt(key, entry)
+        return primitives.receipt_salt(key.view, entry)
 
     def checkpoint_key(self) -> primitives.CheckpointKey:
         """The key that signs checkpoints, derived each time (once a second at most).
@@ -153,17 +179,25 @@ class Keyring:
         with self._root.view() as view:
             return primitives.derive_checkpoint_key(view, store=self._store.store_id)
 
-    def wrap(self, key: KeyRecord, version: int, state: State, generation: int, material: bytes) -> bytes:
+    def wrap(
+        self, key: KeyRecord, version: int, state: State, generation: int, material: primitives.Secret
+    ) -> bytes:
         """Wrapped material for one row of the store."""
         return primitives.wrap(self._kek(key.tenant), material, binding(key, version, state, generation))
 
     def wrap_service_key(self, name: str, material: bytes) -> bytes:
-        """Wraps a key of hostd's own (the channel CA) directly under a key derived from ROOT."""
+        """Wraps a document of hostd's own, or the channel CA's key, under a key derived from ROOT."""
         return primitives.wrap(self._service_kek(), material, b"hostd service key v1\0" + name.encode())
 
     def unwrap_service_key(self, name: str, wrapped: bytes) -> bytes:
-        """Raises: primitives.IntegrityError."""
-        return primitives.unwrap(self._service_kek(), wrapped, b"hostd service key v1\0" + name.encode())
+        """What was wrapped so: no tenant's key ever is, and nobody wipes it.
+
+        Raises:
+            primitives.IntegrityError: it does not open.
+        """
+        return bytes(
+            primitives.unwrap(self._service_kek(), wrapped, b"hostd service key v1\0" + name.encode())
+        )
 
     def tag(self, purpose: str, body: bytes) -> bytes:
         """HMAC-SHA-256 of a row of the store, under a key derived from ROOT; 32 bytes."""
@@ -180,25 +214,24 @@ class Keyring:
         self._right.add((purpose, body, tag))
         return True
 
-    def _service_kek(self) -> bytes:
+    def _service_kek(self) -> memoryview:
         return self._own_key(0)
 
-    def _row_key(self) -> bytes:
+    def _row_key(self) -> memoryview:
         return self._own_key(1)
 
-    def _own_key(self, purpose: int) -> bytes:
+    def _own_key(self, purpose: int) -> memoryview:
         """Keys of hostd's own: 0 wraps its documents, 1 authenticates rows."""
         if self._root is None:
             raise UnavailableError("the keys are locked")
         key = self._keks.get(("", purpose))
         if key is None:
-            with self._root.view() as view:
-                # No tenant has an empty name (the operators' commands refuse it).
-                key = primitives.derive_kek(view, store=self._store.store_id, tenant="", generation=purpose)
-            self._keks["", purpose] = key
-        return key
+            # No tenant has an empty name (the operators' commands refuse it).
+            key = self._keks["", purpose] = self._derived("", purpose)
+        return key.view
 
-    def _material(self, key: KeyRecord, version: VersionRecord) -> bytes:
+    def _material(self, key: KeyRecord, version: VersionRecord) -> bytearray:
+        """Unwrapped; the caller wipes it."""
         if version.state is State.DESTROYED:
             raise WrongStateError("the key is destroyed")
         try:
@@ -210,7 +243,7 @@ class Keyring:
         except primitives.IntegrityError as error:
             raise UnavailableError(f"stored key {key.id} is damaged or was replaced") from error
 
-    def secret(self, key: KeyRecord, version: VersionRecord) -> bytes:
+    def secret(self, key: KeyRecord, version: VersionRecord) -> memoryview:
         """Material of a symmetric key version.
 
         Raises:
@@ -218,16 +251,16 @@ class Keyring:
             WrongStateError: destroyed.
         """
         found = self._lookup(key, version)
-        assert isinstance(found, bytes)
-        return found
+        assert isinstance(found, Slot)
+        return found.view
 
     def private(self, key: KeyRecord, version: VersionRecord) -> primitives.PrivateKey:
         """The private key of an asymmetric key version. Raises: as `secret`."""
         found = self._lookup(key, version)
-        assert not isinstance(found, bytes)
+        assert not isinstance(found, Slot)
         return found
 
-    def _lookup(self, key: KeyRecord, version: VersionRecord) -> bytes | primitives.PrivateKey:
+    def _lookup(self, key: KeyRecord, version: VersionRecord) -> Slot | primitives.PrivateKey:
         if self._root is None:
             raise UnavailableError("the keys are locked")
         place = (key.id, version.version, version.generation)
@@ -235,24 +268,36 @@ class Keyring:
         row = (key.tenant, key.algorithm, version.state, version.wrapped)
         found = self._cache.get(place)
         if found is None or found.row != row:
-            material = self._material(key, version)
-            secret = (
-                material if key.algorithm in SYMMETRIC else primitives.load_private(key.algorithm, material)
-            )
-            found = self._cache[place] = _Unwrapped(row, secret)
+            opened = _Unwrapped(row, self._open(key, version))
+            if found is not None:
+                found.wipe()
+            found = self._cache[place] = opened
             if len(self._cache) > MAX_CACHED:
-                self._cache.popitem(last=False)
+                self._cache.popitem(last=False)[1].wipe()
         self._cache.move_to_end(place)
         return found.secret
+
+    def _open(self, key: KeyRecord, version: VersionRecord) -> Slot | primitives.PrivateKey:
+        material = self._material(key, version)
+        try:
+            if key.algorithm in SYMMETRIC:
+                return self._keep(material)
+            return primitives.load_private(key.algorithm, material)
+        finally:
+            wipe(material)
 
     def rewrap(self, key: KeyRecord, version: VersionRecord, state: State) -> VersionRecord:
         """The same version in another state: wrapped anew under the next generation."""
         material = self._material(key, version)
         generation = version.generation + 1
+        try:
+            wrapped = self.wrap(key, version.version, state, generation, material)
+        finally:
+            wipe(material)
         return VersionRecord(
             version=version.version,
             state=state,
             created=version.created,
             generation=generation,
-            wrapped=self.wrap(key, version.version, state, generation, material),
+            wrapped=wrapped,
         )

@@ -3,7 +3,8 @@
 Making an RSA-3072 key takes from a tenth of a second to seconds and holds the interpreter lock, so
 that every other VM would wait for it. A child process, with the vault's own rights and sandbox,
 makes keys before they are asked for; they come back through a pipe as PKCS#8 and belong to nobody
-until a request takes one. An empty stock is `overloaded`: the caller tries again.
+until a request takes one. An empty stock is `overloaded`: the caller tries again. On the way it is in no
+buffer that cannot be wiped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from guestlib.errors import OverloadedError
 from hostd.core.keys import Algorithm
 from hostd.platform import confine, program
+from hostd.platform.secretmem import wipe
 from hostd.vault import primitives
 
 if TYPE_CHECKING:
@@ -31,9 +33,10 @@ class Mint:
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._ready: list[bytes] = []
+        self._ready: list[bytearray] = []
         self._child: subprocess.Popen[bytes] | None = None
-        self._received = b""
+        self._buffer = bytearray(MAX_KEY_BYTES + 1)
+        self._received = 0
         self._running = False
 
     def start(self) -> None:
@@ -41,13 +44,14 @@ class Mint:
         self._refill()
 
     def stop(self) -> None:
-        """Ends the child and drops the stock (on lock and at exit)."""
+        """Ends the child and wipes the stock (on lock and at exit)."""
         self._running = False
-        self._ready.clear()
+        while self._ready:
+            wipe(self._ready.pop())
         self._end_child()
 
-    def generate(self, algorithm: Algorithm) -> bytes:
-        """Fresh key material, as `primitives.generate`.
+    def generate(self, algorithm: Algorithm) -> bytearray:
+        """Fresh key material, as `primitives.generate`; the caller wipes it.
 
         Raises:
             OverloadedError: no RSA key is ready.
@@ -64,10 +68,9 @@ class Mint:
         if not self._running or self._child is not None or len(self._ready) >= STOCK:
             return
         self._child = subprocess.Popen(
-            program.command("mint"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+            program.command("mint"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0
         )
         assert self._child.stdout is not None
-        self._received = b""
         self._timer = self._loop.call_after(DEADLINE_S, self._give_up)
         self._loop.watch(self._child.stdout, self._on_output)
 
@@ -75,17 +78,20 @@ class Mint:
         child = self._child
         assert child is not None
         assert child.stdout is not None
-        data = child.stdout.read1(MAX_KEY_BYTES + 1)  # type: ignore[attr-defined]
-        self._received += data
-        if data and len(self._received) <= MAX_KEY_BYTES:
+        with memoryview(self._buffer) as whole, whole[self._received :] as rest:
+            count = child.stdout.readinto(rest)  # type: ignore[attr-defined]
+        self._received += count
+        if count and self._received < len(self._buffer):
             return
-        key, self._received = self._received, b""
+        key = self._buffer[: self._received]
         self._end_child()
-        if not data and _whole(key):
+        if not count and _whole(key):
             self._ready.append(key)
             self._refill()
-        elif self._running:
-            self._loop.call_after(1.0, self._refill)
+        else:
+            wipe(key)
+            if self._running:
+                self._loop.call_after(1.0, self._refill)
 
     def _give_up(self) -> None:
         self._end_child()
@@ -93,6 +99,8 @@ class Mint:
 
     def _end_child(self) -> None:
         child, self._child = self._child, None
+        self._received = 0
+        wipe(self._buffer)
         if child is None:
             return
         self._timer.cancel()
@@ -103,7 +111,7 @@ class Mint:
         child.wait()
 
 
-def _whole(key: bytes) -> bool:
+def _whole(key: bytearray) -> bool:
     """Whether the child said all of it: it may have been killed in the middle."""
     try:
         primitives.load_private(Algorithm.RSA_3072, key)

@@ -1,7 +1,8 @@
 """Every cryptographic primitive of the vault, in one place. Each says what makes it safe.
 
-Nothing here knows tenants, states or requests: callers check those first. All keys and plaintexts
-are `bytes` or `memoryview`; nothing is logged and no error text carries data.
+Nothing here knows tenants, states or requests: callers check those first. Keys come in any buffer and go
+out as `bytearray`, which the caller wipes; what a library leaves of one on stack or heap is overwritten
+(`secretmem.scrubbed`). Nothing is logged and no error text carries data.
 
 Sources: NIST SP 800-38D (GCM), SP 800-108 rev. 1 (KDF in counter mode), RFC 5869 (HKDF),
 FIPS 186-5 (ECDSA, EdDSA, RSA).
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from guestlib.attest.canonical import canonical_aad
 from guestlib.errors import InvalidCiphertextError
 from hostd.core.keys import Algorithm
+from hostd.platform import secretmem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +34,7 @@ SALT_BYTES: Final = 16
 TAG_BYTES: Final = 16
 
 CheckpointKey = ed25519.Ed25519PrivateKey
+Secret = bytes | bytearray | memoryview
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
 
 
@@ -42,30 +45,36 @@ class IntegrityError(Exception):
 # ── Wrapping ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def derive_kek(root: bytes | memoryview, *, store: bytes, tenant: str, generation: int) -> bytes:
+def derive_kek(root: Secret, *, store: bytes, tenant: str, generation: int) -> bytearray:
     """The key-encryption key of one tenant, 32 bytes.
 
     HKDF-SHA256 with the store's random id as salt; the info names purpose, tenant and generation,
     so no two tenants, stores or generations share a key.
     """
-    info = b"hostd kek v1\0" + generation.to_bytes(4, "big") + tenant.encode()
-    return HKDF(hashes.SHA256(), KEY_BYTES, salt=store, info=info).derive(root)
+    return _derive(root, store, b"hostd kek v1\0" + generation.to_bytes(4, "big") + tenant.encode())
 
 
-def derive_salt_key(root: bytes | memoryview, *, store: bytes, tenant: str) -> bytes:
+def derive_salt_key(root: Secret, *, store: bytes, tenant: str) -> bytearray:
     """The key that a tenant's receipt salts come from, 32 bytes; derived as `derive_kek`, with a label of
     its own. It has no generation: receipts outlive rotations."""
-    info = b"hostd salt key v1\0" + tenant.encode()
-    return HKDF(hashes.SHA256(), KEY_BYTES, salt=store, info=info).derive(root)
+    return _derive(root, store, b"hostd salt key v1\0" + tenant.encode())
 
 
-def derive_checkpoint_key(root: bytes | memoryview, *, store: bytes) -> CheckpointKey:
+def derive_checkpoint_key(root: Secret, *, store: bytes) -> CheckpointKey:
     """The key that signs the ledger's checkpoints: an Ed25519 seed derived as `derive_kek`, with a label of
     its own. It signs nothing else, and the same store and root key always give the same key."""
-    info = b"hostd checkpoint key v1\0"
-    return ed25519.Ed25519PrivateKey.from_private_bytes(
-        HKDF(hashes.SHA256(), KEY_BYTES, salt=store, info=info).derive(root)
-    )
+    seed = _derive(root, store, b"hostd checkpoint key v1\0")
+    try:
+        return ed25519.Ed25519PrivateKey.from_private_bytes(seed)
+    finally:
+        secretmem.wipe(seed)
+
+
+def _derive(root: Secret, store: bytes, info: bytes) -> bytearray:
+    made = bytearray(KEY_BYTES)
+    with secretmem.scrubbed():
+        HKDF(hashes.SHA256(), KEY_BYTES, salt=store, info=info).derive_into(root, made)
+    return made
 
 
 def ed25519_public(private: ed25519.Ed25519PrivateKey) -> bytes:
@@ -73,13 +82,13 @@ def ed25519_public(private: ed25519.Ed25519PrivateKey) -> bytes:
     return private.public_key().public_bytes_raw()
 
 
-def receipt_salt(key: bytes, entry: int) -> bytes:
+def receipt_salt(key: Secret, entry: int) -> bytes:
     """The salt of one ledger entry's commitments, 16 bytes: HMAC-SHA-256(key, label || entry number
     (8 bytes, big endian)), its first half. Whoever is told one learns nothing of another."""
     return hmac.digest(key, b"hostd salt" + entry.to_bytes(8, "big"), "sha256")[:SALT_BYTES]
 
 
-def wrap(kek: bytes, material: bytes, binding: bytes) -> bytes:
+def wrap(kek: Secret, material: Secret, binding: bytes) -> bytes:
     """nonce (12) || AES-256-GCM ciphertext and tag.
 
     A KEK wraps at most some thousand keys, far below the 2^32 bound for random nonces
@@ -89,16 +98,19 @@ def wrap(kek: bytes, material: bytes, binding: bytes) -> bytes:
     return nonce + AESGCM(kek).encrypt(nonce, material, binding)
 
 
-def unwrap(kek: bytes, wrapped: bytes, binding: bytes) -> bytes:
+def unwrap(kek: Secret, wrapped: bytes, binding: bytes) -> bytearray:
     """The material.
 
     Raises:
         IntegrityError: it was not wrapped under this key for this row.
     """
+    material = bytearray(max(0, len(wrapped) - NONCE_BYTES - TAG_BYTES))
     try:
-        return AESGCM(kek).decrypt(wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], binding)
+        AESGCM(kek).decrypt_into(wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], binding, material)
     except (InvalidTag, ValueError):
+        secretmem.wipe(material)
         raise IntegrityError("wrapped key does not open") from None
+    return material
 
 
 # ── Symmetric keys ────────────────────────────────────────────────────────────────────────────────
@@ -108,12 +120,12 @@ HEADER_MAGIC: Final = b"HDC1"
 OVERHEAD_BYTES: Final = len(HEADER_MAGIC) + 16 + 4 + SALT_BYTES + TAG_BYTES
 
 
-def _message_key(key: bytes, salt: bytes) -> bytes:
+def _message_key(key: Secret, salt: bytes) -> bytes:
     """SP 800-108 KDF in counter mode, HMAC-SHA256, one block: [1] || label || 00 || salt || [256]."""
     return hmac.digest(key, b"\0\0\0\1" + _LABEL + salt + b"\0\0\1\0", "sha256")
 
 
-def seal(key: bytes, key_id: bytes, version: int, plaintext: bytes, aad: Mapping[str, str]) -> bytes:
+def seal(key: Secret, key_id: bytes, version: int, plaintext: bytes, aad: Mapping[str, str]) -> bytes:
     """Self-describing ciphertext: magic (4) || key id (16) || version (4, big endian) || salt (16) ||
     AES-256-GCM ciphertext || tag (16).
 
@@ -139,7 +151,7 @@ def parse_header(ciphertext: bytes) -> tuple[bytes, int]:
     return ciphertext[4:20], int.from_bytes(ciphertext[20:24], "big")
 
 
-def open_sealed(key: bytes, ciphertext: bytes, aad: Mapping[str, str]) -> bytes:
+def open_sealed(key: Secret, ciphertext: bytes, aad: Mapping[str, str]) -> bytes:
     """The plaintext of `seal`.
 
     Raises:
@@ -152,12 +164,12 @@ def open_sealed(key: bytes, ciphertext: bytes, aad: Mapping[str, str]) -> bytes:
         raise InvalidCiphertextError("ciphertext, key and additional data do not belong together") from None
 
 
-def mac(key: bytes, message: bytes) -> bytes:
+def mac(key: Secret, message: bytes) -> bytes:
     """HMAC-SHA-256, 32 bytes (FIPS 198-1)."""
     return hmac.digest(key, message, "sha256")
 
 
-def mac_matches(key: bytes, message: bytes, tag: bytes) -> bool:
+def mac_matches(key: Secret, message: bytes, tag: bytes) -> bool:
     """Compares in constant time; truncated tags do not match."""
     return hmac.compare_digest(mac(key, message), tag)
 
@@ -165,30 +177,80 @@ def mac_matches(key: bytes, message: bytes, tag: bytes) -> bool:
 # ── Asymmetric keys ───────────────────────────────────────────────────────────────────────────────
 
 
-def generate(algorithm: Algorithm) -> bytes:
-    """Fresh key material: 32 random bytes, or a private key as unencrypted PKCS#8 DER."""
+_P256_BARE: Final = bytes.fromhex("3041020100301306072a8648ce3d020106082a8648ce3d030107042730250201010420")
+"""PKCS#8 of a P-256 key up to its scalar (RFC 5915), which ends it;"""
+_P256_WHOLE: Final = bytes.fromhex("308187020100301306072a8648ce3d020106082a8648ce3d030107046d306b0201010420")
+"""the same where the public key follows:"""
+_P256_PUBLIC: Final = bytes.fromhex("a144034200")
+_P256_ORDER: Final = bytes.fromhex("ffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc632551")
+_ED25519: Final = bytes.fromhex("302e020100300506032b657004220420")
+"""PKCS#8 of an Ed25519 key up to its seed (RFC 8410)."""
+
+
+def generate(algorithm: Algorithm) -> bytearray:
+    """Fresh key material: 32 random bytes, or a private key as unencrypted PKCS#8 DER.
+
+    What the library writes out leaves copies behind, so the short ones are written here: an Ed25519 seed is
+    32 random bytes (RFC 8032, 5.1.5), a P-256 scalar is one of 1 to n - 1 (FIPS 186-5, A.2.2). An RSA key
+    leaves its copies in the child that makes it (`hostd.vault.mint`).
+    """
     match algorithm:
         case Algorithm.AES_256_GCM | Algorithm.HMAC_SHA_256:
-            return os.urandom(KEY_BYTES)
+            return secretmem.random(KEY_BYTES)
         case Algorithm.ECDSA_P256:
-            private: PrivateKey = ec.generate_private_key(ec.SECP256R1())
+            return _generate_p256()
         case Algorithm.ED25519:
-            private = ed25519.Ed25519PrivateKey.generate()
+            seed = secretmem.random(KEY_BYTES)
+            der = _joined(_ED25519, seed)
+            secretmem.wipe(seed)
+            return der
         case Algorithm.RSA_3072:
             private = rsa.generate_private_key(65537, 3072)
-    return private.private_bytes(
-        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            return bytearray(
+                private.private_bytes(
+                    serialization.Encoding.DER,
+                    serialization.PrivateFormat.PKCS8,
+                    serialization.NoEncryption(),
+                )
+            )
+
+
+def _generate_p256() -> bytearray:
+    scalar = secretmem.random(KEY_BYTES)
+    while not bytes(KEY_BYTES) < scalar < _P256_ORDER:
+        scalar = secretmem.random(KEY_BYTES)
+    bare = _joined(_P256_BARE, scalar)
+    point = (
+        load_private(Algorithm.ECDSA_P256, bare)
+        .public_key()
+        .public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
     )
+    der = _joined(_P256_WHOLE, scalar, _P256_PUBLIC + point)
+    secretmem.wipe(bare)
+    secretmem.wipe(scalar)
+    return der
 
 
-def load_private(algorithm: Algorithm, material: bytes) -> PrivateKey:
+def _joined(before: bytes, secret: bytearray, after: bytes = b"") -> bytearray:
+    """The three after each other, in memory of their own."""
+    made = bytearray(len(before) + len(secret) + len(after))
+    made[: len(before)] = before
+    made[len(before) : len(before) + len(secret)] = secret
+    made[len(before) + len(secret) :] = after
+    return made
+
+
+def load_private(algorithm: Algorithm, material: Secret) -> PrivateKey:
     """The private key of `generate`'s DER.
 
     Raises:
         IntegrityError: it is not a key of this algorithm. (The wrapping was authentic: a defect.)
     """
     try:
-        key = serialization.load_der_private_key(material, password=None, unsafe_skip_rsa_key_validation=True)
+        with secretmem.scrubbed():
+            key = serialization.load_der_private_key(
+                material, password=None, unsafe_skip_rsa_key_validation=True
+            )
     except ValueError:
         raise IntegrityError("stored key does not parse") from None
     expected: dict[Algorithm, type] = {

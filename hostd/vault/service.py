@@ -32,6 +32,7 @@ from hostd.core.keys import (
 from hostd.core.keys import check_use as _check_use
 from hostd.ipc import operations as ops
 from hostd.ipc.fields import MAX_VERSIONS_SHOWN
+from hostd.platform.secretmem import wipe
 from hostd.vault import primitives
 from hostd.vault.cost import cost
 from hostd.vault.done import Done
@@ -149,12 +150,12 @@ class Service:
 
     def _new_version(self, key: KeyRecord, number: int) -> VersionRecord:
         material = self._mint.generate(key.algorithm)
+        try:
+            wrapped = self._keyring.wrap(key, number, State.ACTIVE, 1, material)
+        finally:
+            wipe(material)
         return VersionRecord(
-            version=number,
-            state=State.ACTIVE,
-            created=self._now,
-            generation=1,
-            wrapped=self._keyring.wrap(key, number, State.ACTIVE, 1, material),
+            version=number, state=State.ACTIVE, created=self._now, generation=1, wrapped=wrapped
         )
 
     def _create_key(self, tenant: str, op: ops.CreateKey) -> Done:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
 import subprocess
@@ -11,7 +12,14 @@ import sys
 import pytest
 
 from hostd.platform import secretmem
-from hostd.platform.secretmem import MAX_SECRET_BYTES, SecretBuffer, SecretMemoryError
+from hostd.platform.secretmem import (
+    BLOCK_BYTES,
+    MAX_SECRET_BYTES,
+    SecretBuffer,
+    SecretMemoryError,
+    SecretSlots,
+    Slot,
+)
 
 
 def taken(secret: bytes) -> SecretBuffer:
@@ -107,6 +115,113 @@ def test_no_lockable_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(secretmem._libc, "mlock", lambda *_: 1)
     with pytest.raises(SecretMemoryError, match="RLIMIT_MEMLOCK"):
         SecretBuffer(1)
+
+
+# ── Slots ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def put(slots: SecretSlots, secret: bytes) -> Slot:
+    return slots.take(bytearray(secret))
+
+
+def test_slots_keep_what_they_take_apart_and_wipe_it(kind: str) -> None:
+    slots = SecretSlots(5)
+    source = bytearray(b"first")
+    one, two = slots.take(source), put(slots, b"other")
+    assert source == bytes(5)
+    (block,) = slots._blocks
+    assert block.hidden is (kind == "hidden")
+    assert (one.view, two.view) == (b"first", b"other")
+    assert block.view.tobytes().count(b"first") == 1
+    assert "first" not in repr(one) + str(slots)
+    view, at = one.view, one._at
+    one.wipe()
+    one.wipe()
+    assert one.wiped
+    assert b"first" not in block.view.tobytes()
+    assert two.view == b"other"
+    with pytest.raises(ValueError, match="released"):
+        bytes(view)
+    assert put(slots, b"third")._at == at
+
+
+def test_slots_take_another_block_when_one_is_full_and_give_all_back(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unmapped: list[bytes] = []
+    munmap = secretmem._libc.munmap
+
+    def look(address: int, size: int) -> int:
+        import ctypes
+
+        unmapped.append(ctypes.string_at(address, size))
+        return int(munmap(address, size))
+
+    monkeypatch.setattr(secretmem._libc, "munmap", look)
+    slots = SecretSlots(1024)
+    kept = [put(slots, bytes([n]) * 1024) for n in range(BLOCK_BYTES // 1024 + 1)]
+    assert len(slots._blocks) == 2
+    slots.release()
+    assert not unmapped
+    assert kept[3].view == bytes([3]) * 1024
+    last = kept.pop().view  # the view alone keeps its mapping
+    for slot in kept:
+        slot.wipe()
+    del slot
+    kept.clear()
+    assert unmapped == [bytes(BLOCK_BYTES)]
+    assert last == bytes([BLOCK_BYTES // 1024]) * 1024
+    del last
+    assert unmapped == [bytes(BLOCK_BYTES)] * 2
+
+
+def test_slots_that_end_in_a_cycle_with_their_keys_in_them() -> None:
+    """The collector may end the mapping before what points into it."""
+    for _ in range(20):
+        slots = SecretSlots(32)
+        held: list[object] = [slots, *(put(slots, bytes(32)) for _ in range(5))]
+        held.append(held)
+        del slots, held
+    gc.collect()
+
+
+def test_a_slot_that_is_being_read_is_wiped_all_the_same(kind: str) -> None:
+    slots = SecretSlots(4)
+    slot = put(slots, b"four")
+    reader = pickle.PickleBuffer(slot.view)
+    with pytest.raises(BufferError):
+        slot.wipe()
+    assert bytes(reader) == bytes(4)
+    assert put(slots, b"next")._at != slot._at
+
+
+@pytest.mark.parametrize("size", [0, -1, BLOCK_BYTES + 1])
+def test_slots_are_bounded(size: int) -> None:
+    with pytest.raises(ValueError, match="1 to 16384"):
+        SecretSlots(size)
+
+
+def test_a_secret_of_another_size_is_not_taken_and_wiped() -> None:
+    source = bytearray(b"three")
+    with pytest.raises(ValueError, match="4 bytes"):
+        SecretSlots(4).take(source)
+    assert not any(source)
+    with pytest.raises(TypeError):
+        pickle.dumps(put(SecretSlots(4), b"four"))
+
+
+def test_random_bytes_are_whole_and_differ() -> None:
+    for size in (1, 32, 256):
+        assert len(secretmem.random(size)) == size
+    drawn = [secretmem.random(32) for _ in range(50)]
+    assert len({bytes(one) for one in drawn}) == 50
+    assert all(any(one[n] for one in drawn) for n in range(32))
+
+
+def test_no_random_bytes_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secretmem._libc, "getrandom", lambda *_: -1)
+    with pytest.raises(OSError, match="getrandom"):
+        secretmem.random(32)
 
 
 HOLDER = """

@@ -6,11 +6,14 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 
 from guestlib.errors import UnavailableError, WrongStateError
-from hostd.core.keys import Algorithm, KeyRecord, State
+from hostd.core.keys import Algorithm, KeyRecord, State, VersionRecord
+from hostd.platform import secretmem
+from hostd.platform.secretmem import SecretMemoryError, Slot
 from hostd.vault import keyring as module
 from hostd.vault import primitives
 from hostd.vault.keyring import Keyring, binding
@@ -27,9 +30,10 @@ def fresh(store: Store, secret: bytes = ROOT) -> Keyring:
 
 def test_unwraps_what_it_wrapped(store: Store, keyring: Keyring) -> None:
     key = new_key(keyring, versions=3)
-    materials = {keyring.secret(key, version) for version in key.versions}
+    materials = {bytes(keyring.secret(key, version)) for version in key.versions}
     assert len(materials) == 3
-    assert {fresh(store).secret(key, version) for version in key.versions} == materials
+    other = fresh(store)
+    assert {bytes(other.secret(key, version)) for version in key.versions} == materials
     signing = new_key(keyring, number=2, algorithm=Algorithm.ED25519)
     private = keyring.private(signing, signing.current)
     assert primitives.public_der(private) == primitives.public_der(
@@ -164,9 +168,9 @@ def test_unlocking_again_wipes_the_first_root(store: Store) -> None:
 
 def test_it_shows_nothing_and_is_not_copied(keyring: Keyring) -> None:
     key = new_key(keyring)
-    material = keyring.secret(key, key.current)
+    material = bytes(keyring.secret(key, key.current))
     shown = repr(keyring) + str(keyring) + format(keyring)
-    for secret in (ROOT, material, keyring._kek("red")):
+    for secret in (ROOT, material, bytes(keyring._kek("red"))):
         assert secret.hex() not in shown
         assert repr(secret) not in shown
     assert repr(keyring) == "<Keyring unlocked>"
@@ -195,6 +199,65 @@ def test_forget_drops_one_key(store: Store, keyring: Keyring) -> None:
     assert {place[0] for place in keyring._cache} == {two.id}
 
 
+ENDS: dict[str, Callable[[Keyring, KeyRecord], object]] = {
+    "lock": lambda ring, _: ring.lock(),
+    "drop": lambda ring, _: ring.drop(),
+    "forget": lambda ring, key: ring.forget(key.id),
+    "another tenant's lock": lambda ring, _: ring.lock_tenants(frozenset({"blue"})),
+    "another root": lambda ring, _: ring.unlock(root()),
+    "an edited row": lambda ring, key: ring.secret(key, edited(ring, key)),
+}
+
+
+def edited(ring: Keyring, key: KeyRecord) -> VersionRecord:
+    """The same place, wrapped anew."""
+    current = key.current
+    return replace(current, wrapped=ring.wrap(key, 1, current.state, 1, bytes(32)))
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_leaves_memory_is_wiped_and_its_view_is_dead(keyring: Keyring, end: str) -> None:
+    key = new_key(keyring)
+    view = keyring.secret(key, key.current)
+    slot = keyring._cache[key.id, 1, 1].secret
+    assert isinstance(slot, Slot)
+    with memoryview(slot._block.view) as block:  # type: ignore[union-attr]
+        place = block[slot._at : slot._at + 32]
+        assert place == view
+        ENDS[end](keyring, key)
+        assert slot.wiped
+        if end == "an edited row":  # the place may serve the new material, which is zeros too
+            assert keyring._cache[key.id, 1, 1].secret is not slot
+        assert place == bytes(32)
+    with pytest.raises(ValueError, match="released"):
+        bytes(view)
+
+
+def test_keys_of_hostds_own_are_wiped_with_the_rest(keyring: Keyring) -> None:
+    keyring.salt("red", 1)
+    keyring.tag("purpose", b"body")
+    new_key(keyring)
+    slots = [*keyring._keks.values(), *keyring._salt_keys.values()]
+    assert len(slots) == 3
+    keyring.lock()
+    assert all(slot.wiped for slot in slots)
+
+
+def test_without_memory_for_keys_it_is_unavailable(
+    store: Store, keyring: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(_size: int) -> NoReturn:
+        raise SecretMemoryError("RLIMIT_MEMLOCK")
+
+    ring = fresh(store)
+    key = new_key(keyring)
+    monkeypatch.setattr(secretmem, "_map", none)
+    with pytest.raises(UnavailableError, match="no memory for keys: RLIMIT_MEMLOCK"):
+        ring.secret(key, key.current)
+    monkeypatch.undo()
+    assert ring.secret(key, key.current) == keyring.secret(key, key.current)
+
+
 def test_the_cache_is_bounded_and_the_least_used_leaves(
     keyring: Keyring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +266,9 @@ def test_the_cache_is_bounded_and_the_least_used_leaves(
     for key in (keys[0], keys[1], keys[0], keys[2]):
         keyring.secret(key, key.current)
     assert [place[0] for place in keyring._cache] == [keys[0].id, keys[2].id]
+    (block,) = keyring._slots._blocks
+    in_use = secretmem.BLOCK_BYTES // 32 - len(block.free)
+    assert in_use == len(keyring._cache) + len(keyring._keks)
 
 
 def test_a_destroyed_version_has_no_material(keyring: Keyring) -> None:
@@ -215,10 +281,11 @@ def test_a_destroyed_version_has_no_material(keyring: Keyring) -> None:
 
 def test_rewrap_is_the_same_material_in_its_new_state_only(store: Store, keyring: Keyring) -> None:
     key = new_key(keyring)
-    material = keyring.secret(key, key.current)
+    material = bytes(keyring.secret(key, key.current))
     after = keyring.rewrap(key, key.current, State.DEACTIVATED)
     assert (after.state, after.generation, after.version) == (State.DEACTIVATED, 2, 1)
-    assert fresh(store).secret(replace(key, versions=(after,)), after) == material
+    other = fresh(store)
+    assert other.secret(replace(key, versions=(after,)), after) == material
     # The old wrapping under the new name, and the new one under the old name, do not open.
     for wrong in (replace(after, wrapped=key.current.wrapped), replace(key.current, wrapped=after.wrapped)):
         with pytest.raises(UnavailableError):

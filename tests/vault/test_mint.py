@@ -53,7 +53,7 @@ def test_keeps_a_stock_and_gives_each_key_once(mint: Mint, loop: Loop) -> None:
     mint.start()
     until(loop, lambda: len(mint._ready) == STOCK)
     assert mint._child is None
-    keys = {mint.generate(Algorithm.RSA_3072) for _ in range(STOCK)}
+    keys = {bytes(mint.generate(Algorithm.RSA_3072)) for _ in range(STOCK)}
     assert len(keys) == STOCK
     for key in keys:
         private = primitives.load_private(Algorithm.RSA_3072, key)
@@ -70,11 +70,15 @@ def test_stop_drops_the_stock_and_ends_the_child(
     mint: Mint, loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child_says(monkeypatch, "import time; time.sleep(600)")
-    mint._ready.append(b"a key")
+    key = bytearray(b"a key")
+    mint._ready.append(key)
     mint.start()
     child = mint._child
     assert child is not None
+    mint._buffer[:4] = b"half"
     mint.stop()
+    assert not any(key)
+    assert not any(mint._buffer)
     assert child.returncode is not None
     assert mint._ready == []
     mint.stop()

@@ -9,12 +9,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
 from guestlib.errors import InvalidCiphertextError
 from hostd.core.keys import SCHEMES, Algorithm
+from hostd.platform import secretmem
 from hostd.vault import primitives
 from hostd.vault.primitives import OVERHEAD_BYTES, IntegrityError
 from tests.vault.support_keys import root
@@ -55,7 +58,7 @@ def test_kek_is_hkdf_over_store_generation_and_tenant() -> None:
 
 def test_no_two_keks_are_the_same() -> None:
     keks = {
-        primitives.derive_kek(r, store=s, tenant=t, generation=g)
+        bytes(primitives.derive_kek(r, store=s, tenant=t, generation=g))
         for r in (KEY, OTHER_KEY)
         for s in (b"s" * 16, b"t" * 16)
         for t in ("", "red", "re", "d")
@@ -236,7 +239,7 @@ OPENSSL = {
 
 @pytest.fixture(scope="module")
 def materials() -> dict[Algorithm, bytes]:
-    return {algorithm: primitives.generate(algorithm) for algorithm in Algorithm}
+    return {algorithm: bytes(primitives.generate(algorithm)) for algorithm in Algorithm}
 
 
 def openssl(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
@@ -301,6 +304,31 @@ def test_fresh_material_is_of_its_kind(materials: dict[Algorithm, bytes], tmp_pa
         (tmp_path / "k").write_bytes(materials[algorithm])
         shown = openssl(tmp_path, "pkey", "-inform", "DER", "-in", "k", "-noout", "-text")
         assert name in shown.stdout
+
+
+@pytest.mark.parametrize("algorithm", [Algorithm.ECDSA_P256, Algorithm.ED25519])
+def test_what_is_written_here_is_what_the_library_writes(algorithm: Algorithm) -> None:
+    for _ in range(50):
+        material = primitives.generate(algorithm)
+        assert material == primitives.load_private(algorithm, material).private_bytes(
+            serialization.Encoding.DER,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+
+
+def test_a_scalar_is_above_zero_and_below_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+    drawn = [0, order, order + 1, 2**256 - 1, order - 1]
+
+    def planned(size: int) -> bytearray:
+        return bytearray(drawn.pop(0).to_bytes(size, "big"))
+
+    monkeypatch.setattr(secretmem, "random", planned)
+    private = primitives.load_private(Algorithm.ECDSA_P256, primitives.generate(Algorithm.ECDSA_P256))
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    assert private.private_numbers().private_value == order - 1
+    assert drawn == []
 
 
 def test_a_stored_key_of_another_algorithm_is_not_loaded(materials: dict[Algorithm, bytes]) -> None:

@@ -197,6 +197,7 @@ def test_rsa_comes_from_the_mint(call: Desk, service: Service) -> None:
     material = primitives.generate(Algorithm.RSA_3072)
     service._mint._ready.append(material)
     key = call.create("RSA-3072")
+    assert not any(material)
     for scheme in SCHEMES[Algorithm.RSA_3072]:
         signed = call(ops.Sign(key, b"m", scheme))  # type: ignore[arg-type]
         assert call(ops.Verify(key, b"m", signed.signature, scheme)).valid  # type: ignore[arg-type]

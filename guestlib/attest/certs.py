@@ -1,7 +1,7 @@
 """Loading X.509 certificates so that nothing but a `VerificationError` comes of a bad one.
 
 `cryptography` parses lazily and has an exception of its own for many things; here a certificate is
-parsed to the end: extensions and key, once.
+parsed to the end: dates, extensions and key, once.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def load_certificate(der: bytes, step: Step) -> Certificate:
         certificate = x509.load_der_x509_certificate(der)
         if certificate.serial_number <= 0:
             raise ValueError("the serial number is not positive")
+        # DER has the year 0, which `datetime` has not.
+        _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         spki = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         return Certificate(certificate, certificate.extensions, spki)
     except UNREADABLE as error:

@@ -35,15 +35,9 @@ _DIGEST_BYTES: Final = 32
 _NAME_BYTES: Final = 34
 _HEAD: Final = bytes((0x30, 2 + _DIGEST_BYTES + 2 + _NAME_BYTES, 0x04, _DIGEST_BYTES))
 _BETWEEN: Final = bytes((0x04, _NAME_BYTES))
-_KNOWN: Final = frozenset(
-    extension.oid
-    for extension in (
-        x509.BasicConstraints,
-        x509.KeyUsage,
-        x509.ExtendedKeyUsage,
-        x509.SubjectAlternativeName,
-    )
-)
+_KNOWN_OF_CA: Final = frozenset({x509.BasicConstraints.oid, x509.KeyUsage.oid})
+_KNOWN: Final = _KNOWN_OF_CA | {x509.ExtendedKeyUsage.oid, x509.SubjectAlternativeName.oid}
+"""Extensions that are looked at: no other one may be critical."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +138,12 @@ def _check_use(extensions: x509.Extensions) -> None:
     purposes = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     if not usage.digital_signature or usage.key_cert_sign or list(purposes) != [AK_CERTIFICATE_USAGE]:
         raise ValueError("it is for another use")
-    strange = [e.oid.dotted_string for e in extensions if e.critical and e.oid not in _KNOWN]
+    _check_critical(extensions, _KNOWN)
+
+
+def _check_critical(extensions: x509.Extensions, known: frozenset[x509.ObjectIdentifier]) -> None:
+    """Raises: ValueError."""
+    strange = [e.oid.dotted_string for e in extensions if e.critical and e.oid not in known]
     if strange:
         raise ValueError(f"critical extension {strange[0]} is not known")
 
@@ -194,16 +193,17 @@ def _check_issuer(leaf: Certificate, roots: tuple[bytes, ...], now: datetime.dat
 
 
 def load_ca(der: bytes) -> Certificate:
-    """A certificate (DER) of a CA that may sign certificates.
+    """A certificate (DER) of a CA that may sign certificates for any host.
 
     Raises:
-        VerificationError: it is none.
+        VerificationError: it is none, or is bound by what is not looked at (constraints of names).
     """
     root = load_certificate(der, Step.KEY)
     try:
         constraints = root.extensions.get_extension_for_class(x509.BasicConstraints).value
         usage = root.extensions.get_extension_for_class(x509.KeyUsage).value
-    except x509.ExtensionNotFound as error:
+        _check_critical(root.extensions, _KNOWN_OF_CA)
+    except (ValueError, x509.ExtensionNotFound) as error:
         raise VerificationError(Step.KEY, f"not a CA certificate: {error}") from error
     if not constraints.ca or not usage.key_cert_sign:
         raise VerificationError(Step.KEY, "not a CA certificate")

@@ -31,7 +31,7 @@ from hostd.platform import swtpm
 from hostd.platform.tpm_files import TpmRecord
 from hostd.platform.tpm_provision import provision
 from hostd.platform.tpm_tcti import SocketLink
-from tests.support.hostcerts import DAY, SERVER, Provider
+from tests.support.hostcerts import DAY, SERVER, STRANGE, Provider
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +226,34 @@ def test_every_flipped_byte(host: Host, provider: Provider) -> None:
     for broken in (b"", der[:-1], der + b"\0"):
         with pytest.raises(VerificationError):
             check(broken)
+
+
+def test_a_date_that_is_none(host: Host, provider: Provider) -> None:
+    """The year 0: DER can say it, and no calendar has it. Nobody must have signed it for it to be shown."""
+    start, end = 30 * 365 * DAY, 40 * 365 * DAY
+    der = issued(host, provider, start=start, end=end)
+    for date in (start, end):
+        year = f"{(NOW + date).year}".encode()
+        broken = der.replace(b"\x18\x0f" + year, b"\x18\x0f0000")
+        assert broken != der
+        assert "not a readable certificate" in refused(host, broken, provider)
+        verify(host, with_certificate(host, broken), provider, aks=host.bundle().aks)
+        # A channel CA comes from the host just so.
+        with pytest.raises(VerificationError) as caught:
+            verify(host, host.evidence(channel_ca=broken), provider, aks=host.bundle().aks, channel_cas=())
+        assert caught.value.step == Step.CHANNEL_CA
+
+
+def test_a_ca_that_is_bound_by_more_than_is_looked_at(host: Host, provider: Provider) -> None:
+    """Its critical extensions bind it: a CA for other names certifies no host here."""
+    constraints = x509.NameConstraints([x509.DNSName("elsewhere.example")], None)
+    for extension, critical in ((constraints, True), (constraints, False), (STRANGE, True), (STRANGE, False)):
+        bound = replace(provider, more=((extension, critical),))
+        if critical:
+            said = refused(host, issued(host, provider), provider, host_roots=(bound.root,))
+            assert f"critical extension {extension.oid.dotted_string} is not known" in said
+        else:
+            verify(host, with_certificate(host, issued(host, provider)), provider, host_roots=(bound.root,))
 
 
 def test_a_root_that_is_no_ca(host: Host, provider: Provider) -> None:

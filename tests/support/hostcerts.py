@@ -16,6 +16,7 @@ from guestlib.attest.quote import crypto_key
 from guestlib.attest.tpm2 import parse_public
 
 DAY = datetime.timedelta(days=1)
+STRANGE = x509.UnrecognizedExtension(x509.ObjectIdentifier("2.25.1"), b"\5\0")
 
 
 def _usage(*, signs: bool, certifies: bool) -> x509.KeyUsage:
@@ -40,17 +41,20 @@ class Provider:
     name: str = "provider"
     end: datetime.timedelta = 1000 * DAY
     key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP256R1()))
+    more: tuple[tuple[x509.ExtensionType, bool], ...] = ()
+    """Further extensions of its certificate, and whether they are critical."""
     root: bytes = field(init=False)
     """The CA's certificate, DER."""
 
     def __post_init__(self) -> None:
-        self.root = (
+        builder = (
             self._builder(self._name, self.key.public_key(), self.now - 10 * DAY, self.now + self.end)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(signs=False, certifies=True), critical=True)
-            .sign(self.key, hashes.SHA256())
-            .public_bytes(Encoding.DER)
         )
+        for extension, critical in self.more:
+            builder = builder.add_extension(extension, critical=critical)
+        self.root = builder.sign(self.key, hashes.SHA256()).public_bytes(Encoding.DER)
 
     @property
     def _name(self) -> x509.Name:
@@ -108,7 +112,7 @@ class Provider:
             (x509.UnrecognizedExtension(IDENTITY, tied if identity is None else identity), False),
         ]
         if strange:
-            extensions.append((x509.UnrecognizedExtension(x509.ObjectIdentifier("2.25.1"), b"\5\0"), True))
+            extensions.append((STRANGE, True))
         builder = self._builder(subject, key, self.now + start, self.now + end)
         for extension, critical in extensions:
             if extension.oid not in without:

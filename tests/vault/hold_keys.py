@@ -207,6 +207,15 @@ def steps(holder: Holder) -> dict[str, Callable[[], object]]:
             if after is None:
                 break
 
+    def dropped() -> None:
+        holder.keyring.drop()
+        for name, some in keys.items():
+            for key in some:
+                holder.do(ops.Encrypt(key, b"plain", {}), name.split()[0])
+                holder.do(ops.Mac(key, b"m"), name.split()[0])
+                holder.do(ops.GetPublicKey(key), name.split()[0])
+        holder.keyring.drop()
+
     def tenant_locked() -> None:
         holder.keyring.lock_tenants(frozenset({"red"}))
         holder.do(ops.Encrypt(keys["red AES-256-GCM"][0], b"plain", {}))
@@ -218,7 +227,9 @@ def steps(holder: Holder) -> dict[str, Callable[[], object]]:
         holder.mint.stop()
         holder.do(ops.Encrypt(keys["red AES-256-GCM"][0], b"plain", {}))
 
-    return {step.__name__: step for step in (used, shredded, rotated, batches, tenant_locked, locked)}
+    return {
+        step.__name__: step for step in (used, shredded, rotated, batches, dropped, tenant_locked, locked)
+    }
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -231,6 +231,26 @@ def test_what_leaves_memory_is_wiped_and_its_view_is_dead(keyring: Keyring, end:
         assert place == bytes(32)
     with pytest.raises(ValueError, match="released"):
         bytes(view)
+
+
+@pytest.mark.parametrize("algorithm", [Algorithm.AES_256_GCM, Algorithm.ED25519, Algorithm.ECDSA_P256])
+def test_what_was_unwrapped_on_the_way_is_wiped(
+    store: Store, keyring: Keyring, algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, unwrap, on_the_way = new_key(keyring, algorithm=algorithm), primitives.unwrap, []
+
+    def seen(*arguments: Any) -> bytearray:
+        on_the_way.append(unwrap(*arguments))
+        assert any(on_the_way[-1])
+        return on_the_way[-1]
+
+    monkeypatch.setattr(primitives, "unwrap", seen)
+    ring = fresh(store)
+    ring._lookup(key, key.current)
+    ring.rewrap(key, key.current, State.DEACTIVATED)
+    ring.lock()
+    assert len(on_the_way) == 2
+    assert not any(map(any, on_the_way))
 
 
 def test_keys_of_hostds_own_are_wiped_with_the_rest(keyring: Keyring) -> None:

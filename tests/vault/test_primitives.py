@@ -7,6 +7,7 @@ import hmac
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -329,6 +330,40 @@ def test_a_scalar_is_above_zero_and_below_the_order(monkeypatch: pytest.MonkeyPa
     assert isinstance(private, ec.EllipticCurvePrivateKey)
     assert private.private_numbers().private_value == order - 1
     assert drawn == []
+
+
+@pytest.mark.parametrize("algorithm", [Algorithm.ECDSA_P256, Algorithm.ED25519])
+def test_what_a_key_is_made_from_is_wiped(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    random, join, parts = secretmem.random, primitives._joined, []
+
+    def drawn(size: int) -> bytearray:
+        parts.append(random(size))
+        return parts[-1]
+
+    def joined(*pieces: Any) -> bytearray:
+        parts.append(join(*pieces))
+        return parts[-1]
+
+    monkeypatch.setattr(secretmem, "random", drawn)
+    monkeypatch.setattr(primitives, "_joined", joined)
+    material = primitives.generate(algorithm)
+    assert parts.pop() is material
+    assert any(material)
+    assert len(parts) >= 1
+    assert not any(map(any, parts))
+
+
+def test_the_seed_of_the_checkpoint_key_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
+    derive, seeds = primitives._derive, []
+
+    def seen(*arguments: Any) -> bytearray:
+        seeds.append(derive(*arguments))
+        return seeds[-1]
+
+    monkeypatch.setattr(primitives, "_derive", seen)
+    primitives.derive_checkpoint_key(KEY, store=b"s" * 16)
+    assert len(seeds) == 1
+    assert not any(seeds[0])
 
 
 def test_a_stored_key_of_another_algorithm_is_not_loaded(materials: dict[Algorithm, bytes]) -> None:

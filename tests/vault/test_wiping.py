@@ -22,7 +22,7 @@ from tests.support.keysearch import Search
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="looks into another process as root does")
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = ("used", "shredded", "rotated", "batches", "tenant_locked", "locked")
+STEPS = ("used", "shredded", "rotated", "batches", "dropped", "tenant_locked", "locked")
 PRIVATE = ("ECDSA-P256", "Ed25519", "RSA-3072", "minted")
 
 
@@ -115,6 +115,8 @@ def test_keys_are_in_memory_only_while_they_are_used(holder: Holder, request: py
                 checkpoint = {name for name in names if "checkpoint" in name}
                 minted = of_kinds(names, "minted")
                 assert found >= names - gone - checkpoint - minted
+        if step == "dropped":
+            assert of_kinds(found, "ROOT", "minted") == found
         if step == "tenant_locked":
             assert of_kinds(found, "AES", "HMAC", "ECDSA", "Ed25519", "RSA", "b'hostd salt") == set()
         holder.go_on()

@@ -7,8 +7,8 @@ because a guest must be able to ask why it is refused.
 Another one comes into force by an officer's command, or by itself when three quarters of its life are over.
 The ledger names it first, durably; then the store has it, in one transaction. So the ledger's word counts:
 a store that has another one, because the vault was killed between the two or because somebody put an older
-row back, does not bring a CA back. What was prepared and is the one that the ledger names comes into force;
-else a new one is made.
+row back, does not bring a CA back, nor one that was prepared before. What was prepared and is the one that
+the ledger names comes into force; else a new one is made.
 
 Connections that are open go on under the certificate they began with; the gateway gives new ones to new
 workers (`changed`).
@@ -26,7 +26,7 @@ from hostd.vault.channelca import RENEW_AT, ChannelCa, utc_now
 from hostd.vault.wallclock import WallClock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from hostd.ipc.loop import Loop
     from hostd.ipc.serving import ChannelIdentity
@@ -46,23 +46,37 @@ _NAMED: Final = re.compile(r"([0-9a-f]{64}), ")
 """Begins the detail of both entries."""
 
 
+def _digest_in(entry: Entry | None) -> bytes:
+    """Of the CA that an entry names; empty if there is none."""
+    match = None if entry is None else _NAMED.match(entry.detail)
+    return b"" if match is None else bytes.fromhex(match[1])
+
+
 class ChannelKeeper:
     """Answers `COMMANDS`; gives workers their certificates."""
 
     COMMANDS: Final = get_args(ChannelCommand)
 
     def __init__(
-        self, record: Callable[..., int], loop: Loop, *, store: Store, keyring: Keyring, last: Entry | None
+        self,
+        record: Callable[..., int],
+        loop: Loop,
+        *,
+        store: Store,
+        keyring: Keyring,
+        last: Mapping[str, Entry],
     ) -> None:
-        """`record` is the vault's: a durable entry in the ledger. `last`: the last one of `EVENT` before this
-        start."""
+        """`record` is the vault's: a durable entry in the ledger. `last`: the last ones of `EVENT` and
+        `PREPARED` before this start."""
         self._record = record
         self._loop = loop
         self._store = store
         self._keyring = keyring
-        match = None if last is None else _NAMED.match(last.detail)
-        self._named = b"" if match is None else bytes.fromhex(match[1])
-        self._clock = WallClock(0 if last is None else last.time // 1000)
+        used, prepared = last.get(EVENT), last.get(PREPARED)
+        self._named = _digest_in(used)
+        newer = prepared is not None and (used is None or prepared.seq > used.seq)
+        self._prepared = _digest_in(prepared) if newer else b""
+        self._clock = WallClock(0 if used is None else used.time // 1000)
         self._due = 0
         self._issued = 0
         self._next: ChannelCa | None = None
@@ -90,9 +104,13 @@ class ChannelKeeper:
         """A certificate for a worker.
 
         Raises:
-            UnavailableError: the keys have not been unsealed since the start.
+            UnavailableError: the keys have not been unsealed since the start, or were locked for so long that
+                the CA is over.
         """
-        made = self._needed().issue(utc_now())
+        ca, now = self._needed(), utc_now()
+        if ca.line.not_after <= now.timestamp():
+            raise UnavailableError("the channel CA is no longer valid")
+        made = ca.issue(now)
         self._issued += 1
         return made
 
@@ -155,6 +173,8 @@ class ChannelKeeper:
         if following is not None and following.digest == self._named:
             current, following = following, None
             self._keep(current)
+        elif following is not None and self._named and following.digest != self._prepared:
+            following = None  # it was forgotten, or has been in force
         self._next = following
         if current is None:
             self._use(following or ChannelCa.make(utc_now()), "the first", "")

@@ -40,7 +40,6 @@ from hostd.core.reference import (
 )
 from hostd.platform.hostname import this_host
 from hostd.platform.tpm_errors import TpmError, TpmPoisonError, TpmPolicyError
-from hostd.vault.channelkeeper import EVENT as CHANNEL
 from hostd.vault.channelkeeper import ChannelKeeper
 from hostd.vault.council import Council, OfficersError
 from hostd.vault.primitives import IntegrityError
@@ -109,8 +108,8 @@ class Custody:
         tpm: TpmLink,
         last: Mapping[str, Entry],
     ) -> None:
-        """`last`: the ledger's last entries of events `officers`, `manifest`, `retire` and `channel` before
-        this start."""
+        """`last`: the ledger's last entries of events `officers`, `manifest`, `retire`, `channel` and
+        `channel-next` before this start."""
         self._house = house
         self._config = config
         self._loop = loop
@@ -139,7 +138,7 @@ class Custody:
         """The document as it was signed."""
         self.reference_digest = bytes(32)
         """Zeros while none is in force."""
-        self.channel = ChannelKeeper(house.record, loop, store=store, keyring=keyring, last=last.get(CHANNEL))
+        self.channel = ChannelKeeper(house.record, loop, store=store, keyring=keyring, last=last)
         self.held = False
         """A drift keeps the keys out of memory."""
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _DECODER: Final = msgspec.json.Decoder(Entry)
-LAST: Final = frozenset({"officers", "manifest", "retire", "archive", "channel"})
+LAST: Final = frozenset({"officers", "manifest", "retire", "archive", "channel", "channel-next"})
 """Events of which the last entry matters to the next start."""
 NOTED: Final = LAST | {"drift", "clear", "withheld", "carried"}
 _NOTED: Final = re.compile(b'"event":"(?:' + "|".join(sorted(NOTED)).encode() + b')"')

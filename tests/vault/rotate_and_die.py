@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 
 from hostd.ipc.loop import Loop
-from hostd.vault.channelkeeper import EVENT
 from hostd.vault.ledger import Entry
 from tests.vault.support_channel import Desk
 
@@ -44,17 +43,16 @@ class Deaths:
 
 
 class Written(Desk):
-    """Its ledger's last entry is in a file."""
+    """Its ledger's last entries are in a file."""
 
     def __init__(self, folder: Path, loop: Loop) -> None:
         self.path = folder / "last"
-        last = msgspec.json.decode(self.path.read_bytes(), type=Entry) if self.path.exists() else None
-        super().__init__(folder, loop, last)
+        known = self.path.read_bytes() if self.path.exists() else b"{}"
+        super().__init__(folder, loop, msgspec.json.decode(known, type=dict[str, Entry]))
 
     def record(self, event: str, *, principal: str = "", detail: str = "") -> int:
         seq = super().record(event, principal=principal, detail=detail)
-        if event == EVENT:
-            self.path.write_bytes(msgspec.json.encode(self.last))
+        self.path.write_bytes(msgspec.json.encode(self.last))
         return seq
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from hostd.ipc.channel_ca import ChannelReport, RotateChannel, ShowChannel
 from hostd.ipc.loop import Loop
-from hostd.vault.channelkeeper import EVENT, ChannelKeeper
+from hostd.vault.channelkeeper import EVENT, PREPARED, ChannelKeeper
 from hostd.vault.keyring import Keyring
 from hostd.vault.ledger import Entry
 from hostd.vault.store import Store
@@ -20,14 +20,15 @@ OFFICER = 'Host::"uid:0"'
 class Desk:
     """A vault, as far as its channel CA goes; made again on the same folder it is the next start."""
 
-    def __init__(self, folder: Path, loop: Loop, last: Entry | None = None) -> None:
+    def __init__(self, folder: Path, loop: Loop, last: dict[str, Entry] | None = None) -> None:
+        """`last`: the ledger's last entry of each event; empty without a ledger."""
         path = folder / "store.sqlite"
         self.store = Store(path, create=not path.exists())
         self.keyring = Keyring(self.store)
         self.entries: list[tuple[str, str, str]] = []
-        self.last = last
+        self.last = dict(last or {})
         self.renewed = 0
-        self.keeper = ChannelKeeper(self.record, loop, store=self.store, keyring=self.keyring, last=last)
+        self.keeper = ChannelKeeper(self.record, loop, store=self.store, keyring=self.keyring, last=self.last)
         self.keeper.changed = self._changed
 
     def _changed(self) -> None:
@@ -35,9 +36,12 @@ class Desk:
 
     def record(self, event: str, *, principal: str = "", detail: str = "") -> int:
         self.entries.append((event, principal, detail))
-        if event == EVENT:
-            seq = 0 if self.last is None else self.last.seq + 1
-            self.last = Entry(seq, int(time.time() * 1000), event, "done", principal=principal, detail=detail)
+        if event in (EVENT, PREPARED):
+            seq, now = (
+                1 + max((entry.seq for entry in self.last.values()), default=-1),
+                int(time.time() * 1000),
+            )
+            self.last[event] = Entry(seq, now, event, "done", principal=principal, detail=detail)
         return len(self.entries)
 
     def unseal(self) -> None:

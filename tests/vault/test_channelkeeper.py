@@ -20,7 +20,7 @@ from guestlib.errors import ConflictError, UnavailableError
 from hostd.ipc.loop import Loop
 from hostd.vault import channelkeeper
 from hostd.vault.channelca import ChannelCa, utc_now
-from hostd.vault.ledger import Entry, LedgerError
+from hostd.vault.ledger import LedgerError
 from hostd.vault.primitives import IntegrityError
 from hostd.vault.store import StoreError
 from tests.vault.support_channel import OFFICER, Desk
@@ -46,10 +46,10 @@ def desk(tmp_path: Path, loop: Loop) -> Iterator[Desk]:
     made.close()
 
 
-def again(desk: Desk, tmp_path: Path, loop: Loop, last: Entry | None = None) -> Desk:
+def again(desk: Desk, tmp_path: Path, loop: Loop) -> Desk:
     """The next start, with the ledger as the one before left it."""
     desk.close()
-    desk.__init__(tmp_path, loop, last or desk.last)  # type: ignore[misc]
+    desk.__init__(tmp_path, loop, desk.last)  # type: ignore[misc]
     desk.unseal()
     return desk
 
@@ -159,7 +159,7 @@ def test_what_cannot_be_recorded_or_stored_changes_nothing(
 ) -> None:
     if step == "commit":
         desk.rotate("prepare")
-    before, renewed, last = desk.show(), desk.renewed, desk.last
+    before, renewed, last = desk.show(), desk.renewed, dict(desk.last)
 
     def fail(*_: object, **__: object) -> int:
         raise LedgerError("full") if what == "ledger" else StoreError("full")

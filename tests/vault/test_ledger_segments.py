@@ -139,6 +139,8 @@ def test_what_the_next_start_needs_is_carried(path: Path) -> None:
         ("drift", "kernel"),
         ("drift", "ima"),
         ("clear", "ima"),
+        ("channel", ""),
+        ("channel-next", ""),
     ):
         ledger.append(Entry(ledger.size, 5, event, "done", op=op, detail=f"of {event}"))
     ledger.append(Entry(ledger.size, 5, "withheld", "withheld", withheld=((1, 2), (4, 4))))
@@ -151,6 +153,8 @@ def test_what_the_next_start_needs_is_carried(path: Path) -> None:
     assert {event: (e.seq, e.detail) for event, e in ledger.last.items()} == {
         "manifest": (0, "of manifest"),
         "officers": (1, "of officers"),
+        "channel": (5, "of channel"),
+        "channel-next": (6, "of channel-next"),
     }
     assert ledger.withheld == [(1, 2), (4, 4)]
     assert ledger.drifting == [2]

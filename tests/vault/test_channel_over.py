@@ -1,0 +1,99 @@
+"""Channel CAs whose time is over: prepared once, or not valid any more."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from guestlib.errors import ConflictError, UnavailableError
+from hostd.ipc.loop import Loop
+from hostd.vault import channelkeeper
+from tests.vault.support_channel import Desk
+from tests.vault.support_keys import root
+
+DAY = 86_400
+ROWS = ("channel_ca_key", "channel_ca_certificate")
+NEXT_ROWS = ("channel_ca_next_key", "channel_ca_next_certificate")
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def desk(tmp_path: Path, loop: Loop) -> Iterator[Desk]:
+    made = Desk(tmp_path, loop)
+    made.unseal()
+    yield made
+    made.close()
+
+
+def again(desk: Desk, tmp_path: Path, loop: Loop) -> Desk:
+    """The next start, with the ledger as the one before left it."""
+    desk.close()
+    desk.__init__(tmp_path, loop, desk.last)  # type: ignore[misc]
+    desk.unseal()
+    return desk
+
+
+@pytest.mark.parametrize("current", ["kept", "none"])
+@pytest.mark.parametrize("step", ["now", "commit"])
+def test_one_that_was_prepared_does_not_come_back(
+    desk: Desk, tmp_path: Path, loop: Loop, step: Literal["now", "commit"], current: str
+) -> None:
+    """Its row is put back: after it was forgotten, or after it was in force and another followed it."""
+    prepared = desk.rotate("prepare").next
+    assert prepared is not None
+    older = {name: desk.store.meta(name) or b"" for name in NEXT_ROWS}
+    desk.rotate(step)
+    last = desk.rotate().ca
+    for name, value in older.items():
+        desk.store.set_meta(name, value)
+    for name in ROWS if current == "none" else ():
+        desk.store.set_meta(name, b"")
+    desk.store.commit()
+    started = again(desk, tmp_path, loop)
+    report = started.show()
+    assert report.next is None
+    assert len(started.keeper.pinned) == 1
+    assert report.ca.digest != prepared.digest
+    assert (report.ca == last) == (current == "kept")
+    with pytest.raises(ConflictError, match="no channel CA is prepared"):
+        started.rotate("commit")
+    # One that is prepared now is not the older one.
+    now = started.rotate("prepare").next
+    for name, value in older.items():
+        started.store.set_meta(name, value)
+    started.store.commit()
+    assert now not in (None, prepared)
+    assert again(started, tmp_path, loop).show().next is None
+
+
+def test_one_that_is_over_issues_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the keys are locked nothing follows it; who asks for a certificate then is refused."""
+
+    def at(when: int) -> None:
+        monkeypatch.setattr("time.time", lambda: when)
+        monkeypatch.setattr(
+            channelkeeper, "utc_now", lambda: datetime.datetime.fromtimestamp(when, datetime.UTC)
+        )
+
+    before = desk.show().ca
+    desk.keyring.lock()
+    at(before.not_after - 1)
+    desk.keeper.identity()
+    for late in (0, 1, DAY):
+        at(before.not_after + late)
+        with pytest.raises(UnavailableError, match="the channel CA is no longer valid"):
+            desk.keeper.identity()
+    assert (desk.show().ca, desk.show().issued) == (before, 1)
+    desk.keyring.unlock(root())
+    desk.keeper.renew()
+    desk.keeper.identity()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import gc
 import os
 import pickle
@@ -63,8 +65,6 @@ def test_wiping_overwrites(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     munmap = secretmem._libc.munmap
 
     def look(address: int, size: int) -> int:
-        import ctypes
-
         seen.append(ctypes.string_at(address, size))
         return int(munmap(address, size))
 
@@ -152,8 +152,6 @@ def test_slots_take_another_block_when_one_is_full_and_give_all_back(
     munmap = secretmem._libc.munmap
 
     def look(address: int, size: int) -> int:
-        import ctypes
-
         unmapped.append(ctypes.string_at(address, size))
         return int(munmap(address, size))
 
@@ -222,6 +220,20 @@ def test_no_random_bytes_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secretmem._libc, "getrandom", lambda *_: -1)
     with pytest.raises(OSError, match="getrandom"):
         secretmem.random(32)
+
+
+@pytest.mark.parametrize("size", [*secretmem.FREED_SIZES, 2000])
+@pytest.mark.parametrize("how", ["plainly", "scrubbed"])
+def test_what_is_freed_meanwhile_is_overwritten(size: int, how: str) -> None:
+    libc, full = secretmem._libc, secretmem.FREED_BLOCKS - 1
+    with secretmem.scrubbed() if how == "scrubbed" else contextlib.nullcontext():
+        blocks = [libc.malloc(size) for _ in range(full)]
+        for block in blocks:
+            ctypes.memset(block, 0x77, size)
+        for block in blocks:
+            libc.free(block)
+    left = [b"w" * 8 in ctypes.string_at(block, size) for block in blocks]
+    assert any(left) is (how == "plainly")
 
 
 HOLDER = """

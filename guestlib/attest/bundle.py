@@ -29,6 +29,7 @@ import ssl
 from dataclasses import dataclass
 from typing import Any, Final
 
+from guestlib.attest.hostname import HOST_NAME
 from guestlib.attest.notekey import parse_key
 from guestlib.errors import MalformedError
 
@@ -44,7 +45,6 @@ _FIELDS: Final = frozenset(
     }
 )
 _COMPONENT: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
-_HOST: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class TrustBundle:
             raise ValueError("require must name components, at least one")
         if not (self.aks or self.host_roots or self.ek_roots or self.channel_cas):
             raise ValueError("nothing is pinned: no aks, no host_roots, no ek_roots, no channel_ca")
-        if not all(_HOST.fullmatch(host) for host in self.hosts):
+        if not all(HOST_NAME.fullmatch(host) for host in self.hosts):
             raise ValueError("hosts: not a host's name")
         if self.hosts and not self.host_roots:
             raise ValueError("hosts without host_roots: nobody certifies their names")

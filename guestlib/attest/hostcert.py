@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from guestlib.attest.certs import UNREADABLE, Certificate, load_certificate
+from guestlib.attest.hostname import HOST_NAME
 from guestlib.attest.quote import crypto_key
 from guestlib.attest.steps import Step
 from guestlib.attest.tpm2 import parse_public
@@ -29,8 +29,6 @@ IDENTITY: Final = x509.ObjectIdentifier("2.25.3323249787811907066767372233799452
 """Of the extension; the arc of UUIDs (ITU-T X.667) needs no registration."""
 AK_CERTIFICATE_USAGE: Final = x509.ObjectIdentifier("2.23.133.8.3")
 """tcg-kp-AIKCertificate."""
-HOST_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
-"""At most 64 characters, what the kernel and a common name have room for."""
 _DIGEST_BYTES: Final = 32
 _NAME_BYTES: Final = 34
 _HEAD: Final = bytes((0x30, 2 + _DIGEST_BYTES + 2 + _NAME_BYTES, 0x04, _DIGEST_BYTES))

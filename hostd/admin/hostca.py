@@ -28,13 +28,13 @@ from guestlib.attest.credential import make_credential
 from guestlib.attest.ekcert import verify_ek_certificate
 from guestlib.attest.hostcert import (
     AK_CERTIFICATE_USAGE,
-    HOST_NAME,
     IDENTITY,
     ek_digest,
     encode_identity,
     load_ca,
     read_host_certificate,
 )
+from guestlib.attest.hostname import HOST_NAME
 from guestlib.attest.quote import attestation_key, crypto_key, verify_quote
 from guestlib.attest.steps import Step
 from guestlib.attest.tpm2 import RH_ENDORSEMENT, Alg, name_hash, parse_public, qualified_name

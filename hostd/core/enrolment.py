@@ -17,6 +17,7 @@ from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
+from guestlib.attest.hostname import HOST_NAME
 from guestlib.errors import MalformedError
 
 MAX_DOCUMENT_BYTES: Final = 64 << 10
@@ -29,7 +30,9 @@ _Structure = Annotated[bytes, msgspec.Meta(min_length=2, max_length=1024)]
 _Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 _Name = Annotated[bytes, msgspec.Meta(min_length=34, max_length=34)]
 _Text = Annotated[str, msgspec.Meta(pattern=r"^[ -~]{1,253}\Z")]
-_HostName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+_HostName = Annotated[str, msgspec.Meta(pattern=rf"^{HOST_NAME.pattern}\Z")]
+_MAX_TIME: Final = 253402300799
+"""The end of the year 9999."""
 
 
 class _Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,7 +95,7 @@ class Pending(_Document, frozen=True):
     host: _HostName
     ak_public: _Public
     ek_public: _Public
-    made: Annotated[int, msgspec.Meta(ge=0)]
+    made: Annotated[int, msgspec.Meta(ge=0, le=_MAX_TIME)]
     """Unix time, seconds."""
 
 

@@ -321,6 +321,7 @@ def test_bundles_with_roots(host: Host, provider: Provider) -> None:
         {"host_roots": ["no PEM"]},
         {"hosts": []},
         {"hosts": ["a b"]},
+        {"hosts": ["a."]},
         {"hosts": [""]},
         {"hosts": "a"},
     )

@@ -7,6 +7,7 @@ import hmac
 import random
 import re
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,6 +73,25 @@ def test_limits() -> None:
     ):
         with pytest.raises(MalformedError):
             docs.parse(docs.encode(wrong), type(wrong))
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nb", "\x1b[2J", "b\u00fccher", "-a", "a.", "*.a", "a\0", "a\n", "a" * 65]
+)
+def test_a_name_that_no_certificate_has(name: str) -> None:
+    """A challenge's goes into the host's ledger, whoever wrote it."""
+    for document in DOCUMENTS:
+        if isinstance(document, docs.Challenge | docs.Pending):
+            data = docs.encode(msgspec.structs.replace(document, host=name))
+            with pytest.raises(MalformedError, match="host"):
+                docs.parse(data, type(document))
+
+
+@pytest.mark.parametrize("made", [-1, 253402300800, 10**18, 2**63])
+def test_a_time_that_no_calendar_has(made: int) -> None:
+    data = docs.encode(msgspec.structs.replace(DOCUMENTS[3], made=made))
+    with pytest.raises(MalformedError, match="host pending: "):
+        docs.parse(data, docs.Pending)
 
 
 def test_what_is_signed_and_proved_stays_the_same() -> None:

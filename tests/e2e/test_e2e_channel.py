@@ -188,4 +188,4 @@ def test_no_request_is_lost_by_rotations(vm: qemu.Vm, host: Host, tmp_path: Path
         for thread in threads:
             thread.join(60)
     assert errors == []
-    assert ctl(host, "show")["issued"] >= 7
+    assert ctl(host, "show")["issued"] >= 6  # After the last rotation perhaps nobody came.

@@ -331,7 +331,8 @@ def main() -> None:
         text = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             text = f"{error.filename}: {error.strerror}"
-        click.echo(f"error: {text}", err=True)
+        # It may quote a document that somebody sent.
+        click.echo("\n".join(safe(line) for line in f"error: {text}".split("\n")), err=True)
         hint = next((text for cls, text in _HINTS if isinstance(error, cls)), None)
         if hint:
             click.echo(f"hint: {hint}", err=True)

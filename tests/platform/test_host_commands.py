@@ -229,6 +229,14 @@ def test_what_a_provider_refuses(run: Run, place: Place, other: Embedded) -> Non
         assert (code, place.maker_pem in err) == (3, True)
 
 
+def test_what_a_document_says_does_not_command_the_terminal(run: Run, place: Place) -> None:
+    place.file("maker.pem").write_bytes(place.provider.root)
+    Path(place.request).write_bytes(b'{"\\u001b[2J": 1}')
+    code, out, err = run("host", *place.challenge())
+    assert (code, out) == (3, "")
+    assert "unknown field `\\x1b[2J`" in err
+
+
 def test_what_the_host_refuses(run: Run, place: Place, desk: Desk) -> None:
     place.file("challenge.json").write_bytes(b"{}")
     code, _out, err = run("host", "answer", place.challenge_json, "-o", place.answer)

@@ -19,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from guestlib.attest.certs import UNREADABLE, Certificate, load_certificate
+from guestlib.attest.evidence import MAX_HOST_CERTIFICATE_BYTES
 from guestlib.attest.hostname import HOST_NAME
 from guestlib.attest.quote import crypto_key
 from guestlib.attest.steps import Step
@@ -99,8 +100,11 @@ def read_host_certificate(der: bytes) -> HostCertificate:
     """Reads a certificate of at most one host; neither its signature nor its time is checked.
 
     Raises:
-        VerificationError: it is not one: not readable, a CA's, for another use, or without its extensions.
+        VerificationError: it is not one: not readable, too large for evidence, a CA's, for another use, or
+                without its extensions.
     """
+    if len(der) > MAX_HOST_CERTIFICATE_BYTES:
+        raise VerificationError(Step.KEY, f"not a host certificate: over {MAX_HOST_CERTIFICATE_BYTES} bytes")
     loaded = load_certificate(der, Step.KEY)
     try:
         _check_use(loaded.extensions)

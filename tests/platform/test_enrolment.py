@@ -20,6 +20,7 @@ from support_enrolment import NAME, OFFICER, Desk, certified, challenged, maker,
 from support_tpm import Embedded
 
 from guestlib.attest.credential import make_credential
+from guestlib.attest.evidence import MAX_HOST_CERTIFICATE_BYTES
 from guestlib.attest.hostcert import read_host_certificate, verify_host_certificate
 from guestlib.attest.steps import Step
 from guestlib.attest.tpm2 import parse_public
@@ -458,6 +459,19 @@ def test_a_stored_certificate_that_does_not_read(desk: Desk, content: bytes) -> 
     write_file(desk.folder / "host.pem", content)
     with pytest.raises(TpmBlobError, match=r"host\.pem: .*; remove it, or install one for this host"):
         Desk(desk.folder, desk.host)
+
+
+def test_a_stored_certificate_that_no_evidence_has_room_for(desk: Desk, provider: Provider) -> None:
+    """It is for this TPM: whoever writes the file makes one of his own, as long as he likes."""
+    record = desk.host.record
+    for filled in (3000, MAX_HOST_CERTIFICATE_BYTES):
+        der = provider.certificate(record.ak_public, record.ek_public, filled=filled)
+        write_file(desk.folder / "host.pem", ssl.DER_cert_to_PEM_cert(der).encode())
+        if len(der) <= MAX_HOST_CERTIFICATE_BYTES:
+            Desk(desk.folder, desk.host).close()
+        else:
+            with pytest.raises(TpmBlobError, match=r"host\.pem: .* over 4096 bytes; remove it"):
+                Desk(desk.folder, desk.host)
 
 
 def test_a_disk_that_takes_nothing(desk: Desk, ca: hostca.Ca, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,10 +96,12 @@ class Provider:
         identity: bytes | None = None,
         without: tuple[x509.ObjectIdentifier, ...] = (),
         strange: bool = False,
+        filled: int = 0,
         start: datetime.timedelta = -DAY,
         end: datetime.timedelta = DAY,
     ) -> bytes:
-        """A host certificate, DER, for these keys (TPM2B_PUBLIC); `key_of`: over the key of another."""
+        """A host certificate, DER, for these keys (TPM2B_PUBLIC); `key_of`: over the key of another;
+        `filled`: with so many bytes that say nothing."""
         key = crypto_key(parse_public(key_of or ak_public))
         tied = encode_identity(ek_digest(ek_public), parse_public(ak_public).name)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
@@ -113,6 +115,8 @@ class Provider:
         ]
         if strange:
             extensions.append((STRANGE, True))
+        if filled:
+            extensions.append((x509.UnrecognizedExtension(STRANGE.oid, bytes(filled)), False))
         builder = self._builder(subject, key, self.now + start, self.now + end)
         for extension, critical in extensions:
             if extension.oid not in without:

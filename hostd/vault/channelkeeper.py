@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, get_args
 
 from guestlib.errors import ConflictError, HostdError, UnavailableError
 from hostd.ipc.channel_ca import ChannelCommand, ChannelReport, RotateChannel
-from hostd.vault.channelca import RENEW_AT, ChannelCa, utc_now
+from hostd.vault.channelca import LEAF_LIFE, RENEW_AT, ChannelCa, utc_now
 from hostd.vault.wallclock import WallClock
 
 if TYPE_CHECKING:
@@ -188,9 +188,12 @@ class ChannelKeeper:
 
     def renew(self) -> None:
         """Another CA, if three quarters of this one's life are over and the keys are there: the prepared
-        one if it is not as old itself."""
+        one if it is not as old itself. Or if its last day has begun by the host's clock, which may have been
+        ahead before."""
         now = self._clock.now()
-        if self.ca is None or not self._keyring.unlocked or now < self._due:
+        if self.ca is None or not self._keyring.unlocked:
+            return
+        if now < self._due and (utc_now() + LEAF_LIFE).timestamp() < self.ca.line.not_after:
             return
         following, why = self._next, "prepared before"
         if following is None or following.due(following.made) <= now:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -76,15 +77,23 @@ def test_one_that_was_prepared_does_not_come_back(
     assert again(started, tmp_path, loop).show().next is None
 
 
-def test_one_that_is_over_issues_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the keys are locked nothing follows it; who asks for a certificate then is refused."""
+Clock = Callable[[float], None]
 
-    def at(when: int) -> None:
+
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    def at(when: float) -> None:
         monkeypatch.setattr("time.time", lambda: when)
         monkeypatch.setattr(
             channelkeeper, "utc_now", lambda: datetime.datetime.fromtimestamp(when, datetime.UTC)
         )
 
+    return at
+
+
+def test_one_that_is_over_issues_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the keys are locked nothing follows it; who asks for a certificate then is refused."""
+
+    at = clock(monkeypatch)
     before = desk.show().ca
     desk.keyring.lock()
     at(before.not_after - 1)
@@ -97,3 +106,23 @@ def test_one_that_is_over_issues_nothing(desk: Desk, monkeypatch: pytest.MonkeyP
     desk.keyring.unlock(root())
     desk.keeper.renew()
     desk.keeper.identity()
+
+
+def test_a_clock_that_ran_ahead_outlives_no_ca(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was years ahead for a while. The CA that was made after that is dated by the host's clock, and its
+    age is told by the one that does not go back: it is renewed before guests refuse it."""
+    at, now = clock(monkeypatch), time.time()
+    at(now + 1000 * DAY)
+    desk.keeper.renew()
+    at(now)
+    made = desk.rotate().ca
+    assert made.not_before <= now
+    at(made.not_after - 2 * DAY)
+    desk.keeper.renew()
+    assert desk.show().ca == made
+    at(made.not_after - DAY)
+    desk.keeper.renew()
+    after = desk.show().ca
+    assert after.not_after > made.not_after + 300 * DAY
+    desk.keeper.renew()
+    assert desk.show().ca == after

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from guestlib.attest.certs import UNREADABLE, Certificate, load_certificate
@@ -30,6 +31,8 @@ IDENTITY: Final = x509.ObjectIdentifier("2.25.3323249787811907066767372233799452
 """Of the extension; the arc of UUIDs (ITU-T X.667) needs no registration."""
 AK_CERTIFICATE_USAGE: Final = x509.ObjectIdentifier("2.23.133.8.3")
 """tcg-kp-AIKCertificate."""
+_SIGNED_OVER: Final = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
+"""Older versions of `cryptography` verify others too."""
 _DIGEST_BYTES: Final = 32
 _NAME_BYTES: Final = 34
 _HEAD: Final = bytes((0x30, 2 + _DIGEST_BYTES + 2 + _NAME_BYTES, 0x04, _DIGEST_BYTES))
@@ -107,6 +110,9 @@ def read_host_certificate(der: bytes) -> HostCertificate:
         raise VerificationError(Step.KEY, f"not a host certificate: over {MAX_HOST_CERTIFICATE_BYTES} bytes")
     loaded = load_certificate(der, Step.KEY)
     try:
+        hashed = loaded.certificate.signature_hash_algorithm
+        if hashed is not None and not isinstance(hashed, _SIGNED_OVER):
+            raise ValueError(f"signed over {hashed.name}")
         _check_use(loaded.extensions)
         names = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         (host,) = names.get_values_for_type(x509.DNSName)

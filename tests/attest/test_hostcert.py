@@ -256,6 +256,15 @@ def test_a_ca_that_is_bound_by_more_than_is_looked_at(host: Host, provider: Prov
             verify(host, with_certificate(host, issued(host, provider)), provider, host_roots=(bound.root,))
 
 
+@pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
+def test_signed_over_a_hash_that_is_not_enough(host: Host, provider: Provider) -> None:
+    """A collision would be another host's certificate."""
+    with_sha256, with_sha224 = (bytes.fromhex(f"06082a8648ce3d04030{last}") for last in (2, 1))
+    der = issued(host, provider)
+    assert der.count(with_sha256) == 2
+    assert "signed over sha224" in refused(host, der.replace(with_sha256, with_sha224), provider)
+
+
 def test_a_root_that_is_no_ca(host: Host, provider: Provider) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     for root in (issued(host, provider), certificate("x", key, "x", key, ca=True, extensions=False), b"x"):

@@ -15,6 +15,7 @@ from hostd.vault.membership import Membership
 from hostd.vault.mint import Mint
 from hostd.vault.service import Service
 from hostd.vault.store import Store
+from tests.vault.support_channel import Desk
 from tests.vault.support_keys import root, tenant_with_user
 
 
@@ -39,6 +40,15 @@ def keyring(store: Store) -> Iterator[Keyring]:
 @pytest.fixture
 def loop() -> Iterator[Loop]:
     made = Loop()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def desk(tmp_path: Path, loop: Loop) -> Iterator[Desk]:
+    """A channel CA's keeper, with a store of its own."""
+    made = Desk(tmp_path, loop)
+    made.unseal()
     yield made
     made.close()
 

@@ -8,8 +8,6 @@ it was at.
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +23,7 @@ from hostd.ipc.loop import Loop
 from hostd.vault.counters import Counters
 from hostd.vault.membership import Membership
 from hostd.vault.tpmlink import TpmLink
+from tests.vault.support_deaths import Deaths
 from tests.vault.support_drift import Vault
 from tests.vault.support_gate import VM_A
 from tests.vault.support_keys import NOW, new_key
@@ -33,30 +32,6 @@ PCR = 12
 STEPS = ("refuse", "lock", "suspend-vm", "poison", "shred")
 WAIT_S = 120.0
 T = TypeVar("T")
-
-
-class Deaths:
-    """Counts what is done."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.count = 0
-
-    def point(self) -> None:
-        self.count += 1
-        if self.count == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def around(self, thing: Any, name: str) -> None:
-        done = getattr(thing, name)
-
-        def wrapped(*arguments: Any, **more: Any) -> Any:
-            self.point()
-            result = done(*arguments, **more)
-            self.point()
-            return result
-
-        setattr(thing, name, wrapped)
 
 
 def config(folder: Path, tpm: Path) -> Config:

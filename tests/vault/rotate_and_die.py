@@ -7,39 +7,15 @@ with 0, when there are fewer. With N = 0 it only starts, and prints the digest o
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from hostd.ipc.loop import Loop
 from hostd.vault.ledger import Entry
 from tests.vault.support_channel import Desk
-
-
-class Deaths:
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.count = 0
-
-    def point(self) -> None:
-        self.count += 1
-        if self.count == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def around(self, thing: Any, name: str) -> None:
-        done = getattr(thing, name)
-
-        def wrapped(*arguments: Any, **more: Any) -> Any:
-            self.point()
-            result = done(*arguments, **more)
-            self.point()
-            return result
-
-        setattr(thing, name, wrapped)
+from tests.vault.support_deaths import Deaths
 
 
 class Written(Desk):

@@ -15,6 +15,8 @@ from hostd.vault.store import Store
 from tests.vault.support_keys import root
 
 OFFICER = 'Host::"uid:0"'
+DAY = 86_400
+ROWS = ("channel_ca_key", "channel_ca_certificate")
 
 
 class Desk:
@@ -57,3 +59,11 @@ class Desk:
     def close(self) -> None:
         self.keyring.lock()
         self.store.close()
+
+
+def again(desk: Desk, tmp_path: Path, loop: Loop) -> Desk:
+    """The next start, with the ledger as the one before left it."""
+    desk.close()
+    desk.__init__(tmp_path, loop, desk.last)  # type: ignore[misc]
+    desk.unseal()
+    return desk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -13,35 +13,10 @@ import pytest
 from guestlib.errors import ConflictError, UnavailableError
 from hostd.ipc.loop import Loop
 from hostd.vault import channelkeeper
-from tests.vault.support_channel import Desk
+from tests.vault.support_channel import DAY, ROWS, Desk, again
 from tests.vault.support_keys import root
 
-DAY = 86_400
-ROWS = ("channel_ca_key", "channel_ca_certificate")
 NEXT_ROWS = ("channel_ca_next_key", "channel_ca_next_certificate")
-
-
-@pytest.fixture
-def loop() -> Iterator[Loop]:
-    made = Loop()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def desk(tmp_path: Path, loop: Loop) -> Iterator[Desk]:
-    made = Desk(tmp_path, loop)
-    made.unseal()
-    yield made
-    made.close()
-
-
-def again(desk: Desk, tmp_path: Path, loop: Loop) -> Desk:
-    """The next start, with the ledger as the one before left it."""
-    desk.close()
-    desk.__init__(tmp_path, loop, desk.last)  # type: ignore[misc]
-    desk.unseal()
-    return desk
 
 
 @pytest.mark.parametrize("current", ["kept", "none"])

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,35 +22,10 @@ from hostd.vault.channelca import ChannelCa, utc_now
 from hostd.vault.ledger import LedgerError
 from hostd.vault.primitives import IntegrityError
 from hostd.vault.store import StoreError
-from tests.vault.support_channel import OFFICER, Desk
+from tests.vault.support_channel import DAY, OFFICER, ROWS, Desk, again
 from tests.vault.support_keys import root
 
 ROOT = Path(__file__).resolve().parents[2]
-DAY = 86_400
-ROWS = ("channel_ca_key", "channel_ca_certificate")
-
-
-@pytest.fixture
-def loop() -> Iterator[Loop]:
-    made = Loop()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def desk(tmp_path: Path, loop: Loop) -> Iterator[Desk]:
-    made = Desk(tmp_path, loop)
-    made.unseal()
-    yield made
-    made.close()
-
-
-def again(desk: Desk, tmp_path: Path, loop: Loop) -> Desk:
-    """The next start, with the ledger as the one before left it."""
-    desk.close()
-    desk.__init__(tmp_path, loop, desk.last)  # type: ignore[misc]
-    desk.unseal()
-    return desk
 
 
 def leaf(desk: Desk) -> x509.Certificate:

@@ -150,7 +150,7 @@ class Service:
         self.give_trust(guest)
 
     def give_trust(self, guest: Guest) -> None:
-        """Puts this host's trust bundle into the guest; the last one, if a drift has locked the keys since."""
+        """Puts this host's trust bundle into the guest; the last one, if drift has locked the keys since."""
         made = self.ctl("trust", "bundle", check=not self._bundle)
         if made.rc == 0:
             self._bundle = made.stdout

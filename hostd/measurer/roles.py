@@ -63,12 +63,9 @@ class Own:
 class OwnProcesses:
     """Keeps handles of hostd's processes between readings."""
 
-    def __init__(
-        self, clock: Callable[[], float], *, cgroups: Path = CGROUPS, starters: frozenset[str] | None = None
-    ) -> None:
-        """`starters`: programs that a role's process may run before it is one; systemd's by default."""
+    def __init__(self, clock: Callable[[], float], *, cgroups: Path = CGROUPS) -> None:
         self._clock = clock
-        self._starters = _starters() if starters is None else starters
+        self._starters = _starters()
         self._executable = _plain(os.readlink("/proc/self/exe"))
         self._groups = _groups(Path("/proc/self/cgroup").read_bytes(), cgroups)
         self._found: dict[int, Own] = {}
@@ -93,8 +90,8 @@ class OwnProcesses:
         order = sorted(found.values(), key=lambda own: (ROLES.index(own.role), own.key))
         ours = [own for own in order if _plain(own.executable) == self._executable]
         now = self._clock()
-        strangers = [own for own in order if own not in ours and now - own.since >= self._grace(own)]
-        return ours, strangers
+        others = (own for own in order if _plain(own.executable) != self._executable)
+        return ours, [own for own in others if now - own.since >= self._grace(own)]
 
     def _grace(self, own: Own) -> float:
         return START_S if _plain(own.executable) in self._starters else GRACE_S
